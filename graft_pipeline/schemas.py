@@ -1,0 +1,303 @@
+"""Every Parquet schema of the pipeline, spelled once: writers, readers, checks and the UI all use these.
+
+How a table is written and read is in manifests.py; what the rows obey beyond their types, in assets/checks.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+UTC = pa.timestamp("ms", tz="UTC")
+LOCAL = pa.timestamp("ms")
+
+#: Values of every `status` column. `ok`: usable. `rejected`: a rule excludes it, for good. `failed`: could not be
+#: had; tried again on the next materialisation up to a limit. `pending` never reaches a file.
+STATUSES = ("ok", "rejected", "failed")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset of the storage root: its schema, key and order.
+
+    Attributes:
+        name: folder below the root, and the view's name in `graft query`.
+        schema: column names, types, nullability; each field carries a `description`.
+        key: columns that identify a row.
+        order: columns that rows are sorted by on disk.
+        partitions: hive partition columns, outermost first; not repeated inside the files.
+    """
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    order: tuple[str, ...]
+    partitions: tuple[str, ...]
+
+    def empty(self) -> pa.Table:
+        """A table of this schema without rows."""
+        return self.schema.empty_table()
+
+
+def _column(name: str, kind: pa.DataType, description: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+def _dataset(
+    name: str, columns: Sequence[pa.Field], key: Sequence[str], partitions: Sequence[str], order: Sequence[str] = ()
+) -> Dataset:
+    return Dataset(name, pa.schema(columns), tuple(key), tuple(order or key), tuple(partitions))
+
+
+_PHOTO_ID = _column("photo_id", pa.string(), "Flickr's id of the photo")
+_TILE_ID = _column("tile_id", pa.string(), "{sensor}-{center_photo_id}")
+_LON = _column("lon_deg", pa.float64(), "longitude of the geotag, EPSG:4326")
+_LAT = _column("lat_deg", pa.float64(), "latitude of the geotag, EPSG:4326")
+_STATUS = _column("status", pa.string(), "ok, rejected (by a rule, for good) or failed (tried again)")
+_REASON = _column("reason", pa.string(), "why the row is not ok", nullable=True)
+_ATTEMPTS = _column("attempts", pa.int16(), "how often it was tried")
+
+
+def _stored_item(what: str) -> list[pa.Field]:
+    """Columns that locate one member of a tar shard."""
+    return [
+        _column("shard", pa.string(), f"tar shard beside this file that holds the {what}", nullable=True),
+        _column("offset", pa.int64(), "byte offset of the member's content in the shard", nullable=True),
+        _column("size_bytes", pa.int64(), "length of the member's content", nullable=True),
+        _column("sha256", pa.string(), "SHA-256 of the member's content, hexadecimal", nullable=True),
+    ]
+
+
+def _grid() -> list[pa.Field]:
+    """Columns that place a chip: with chip_px they are its affine transform."""
+    return [
+        _column("epsg", pa.int32(), "EPSG code of the region's UTM zone; frame of every _m column"),
+        _column("x0_m", pa.float64(), "easting of the chip's upper left corner"),
+        _column("y0_m", pa.float64(), "northing of the chip's upper left corner"),
+        _column("gsd_m", pa.float64(), "metres per pixel"),
+        _column("chip_px", pa.int32(), "side of the chip in pixels"),
+    ]
+
+
+REGIONS = _dataset(
+    "regions",
+    [
+        _column("region", pa.string(), "key: south-west corner of the grid cell, e.g. N42W072"),
+        _column("area", pa.string(), "name of a registered area that touches the region"),
+        _column("west_deg", pa.float64(), "western border"),
+        _column("south_deg", pa.float64(), "southern border"),
+        _column("east_deg", pa.float64(), "eastern border"),
+        _column("north_deg", pa.float64(), "northern border"),
+        _column("epsg", pa.int32(), "EPSG code of the region's one UTM zone"),
+        _column("covered_pct", pa.float64(), "share of the region that the area covers"),
+    ],
+    key=("region", "area"),
+    partitions=(),
+)
+
+SEARCH_LOCATIONS = _dataset(
+    "search_locations",
+    [
+        _column("location_id", pa.int32(), "number of the location within its region"),
+        _LON,
+        _LAT,
+        _column("radius_km", pa.float64(), "radius of the Flickr search around it"),
+    ],
+    key=("location_id",),
+    partitions=("region",),
+)
+
+FLICKR_PHOTOS = _dataset(
+    "flickr_photos",
+    [
+        _PHOTO_ID,
+        _column("owner_id", pa.string(), "Flickr's id of the photographer"),
+        _column("title", pa.string(), "title as its owner wrote it: part of the alt-text", nullable=True),
+        _column("tags", pa.string(), "space separated tags: part of the alt-text", nullable=True),
+        _column("license_id", pa.string(), "Flickr's licence id, kept as given", nullable=True),
+        _LON,
+        _LAT,
+        _column("accuracy", pa.int8(), "Flickr's geotag accuracy, 1 (world) to 16 (street)"),
+        _column("uploaded_at_utc", UTC, "when it was uploaded"),
+        _column("taken_at_local", LOCAL, "when it was taken, owner's clock, no zone", nullable=True),
+        _column("taken_at_utc", UTC, "taken_at_local less the solar time of its longitude", nullable=True),
+        _column("is_taken_exact", pa.bool_(), "whether the time taken is known to the second"),
+        _column("image_url", pa.string(), "image size that is downloaded", nullable=True),
+        _column("width_px", pa.int32(), "width that Flickr announces for it", nullable=True),
+        _column("height_px", pa.int32(), "height that Flickr announces for it", nullable=True),
+        _column("duplicate_of", pa.string(), "photo_id kept instead of this one of a burst", nullable=True),
+        _STATUS,
+        _REASON,
+    ],
+    key=("photo_id",),
+    order=("uploaded_at_utc", "photo_id"),
+    partitions=("region",),
+)
+
+GROUND_IMAGES = _dataset(
+    "ground_images",
+    [
+        _PHOTO_ID,
+        _STATUS,
+        _REASON,
+        _ATTEMPTS,
+        _column("width_px", pa.int32(), "width as stored", nullable=True),
+        _column("height_px", pa.int32(), "height as stored", nullable=True),
+        _column("phash", pa.string(), "64-bit perceptual hash, hexadecimal", nullable=True),
+        _column("duplicate_of", pa.string(), "photo_id of the near-duplicate that is kept", nullable=True),
+        *_stored_item("image"),
+    ],
+    key=("photo_id",),
+    partitions=("region",),
+)
+
+GROUND_EMBEDDINGS = _dataset(
+    "ground_embeddings",
+    [
+        _PHOTO_ID,
+        _column("embedding", pa.list_(pa.float32()), "f_G of the photo, L2-normalised"),
+        _column("model_id", pa.string(), "fingerprint of the foundation model"),
+    ],
+    key=("photo_id",),
+    partitions=("region",),
+)
+
+OUTDOOR_PHOTOS = _dataset(
+    "outdoor_photos",
+    [
+        _PHOTO_ID,
+        _column("outdoor_score", pa.float32(), "probability of an outdoor scene, 0 to 1"),
+        _column("is_outdoor", pa.bool_(), "whether the score reaches the threshold"),
+        _column("classifier_id", pa.string(), "fingerprint of the scene classifier"),
+    ],
+    key=("photo_id",),
+    partitions=("region",),
+)
+
+SCENES = _dataset(
+    "scenes",
+    [
+        _column("scene_id", pa.string(), "Earth Engine asset id"),
+        _column("acquired_at_utc", UTC, "when it was acquired"),
+        _column("cloud_pct", pa.float64(), "cloud percentage of the whole scene", nullable=True),
+        _column("crs", pa.string(), "the scene's own CRS, e.g. EPSG:26919"),
+        _column("x_min_m", pa.float64(), "western edge of its pixel grid, own CRS"),
+        _column("y_min_m", pa.float64(), "southern edge of its pixel grid, own CRS"),
+        _column("x_max_m", pa.float64(), "eastern edge of its pixel grid, own CRS"),
+        _column("y_max_m", pa.float64(), "northern edge of its pixel grid, own CRS"),
+        _column("footprint_wkb", pa.binary(), "polygon of valid ground, EPSG:4326"),
+    ],
+    key=("scene_id",),
+    partitions=("sensor", "region"),
+)
+
+TILES = _dataset(
+    "tiles",
+    [
+        _TILE_ID,
+        _column("tile_index", pa.int32(), "order in which the region's tiles were chosen"),
+        _column("center_photo_id", pa.string(), "photo at the tile's centre"),
+        _column("center_lon_deg", pa.float64(), "longitude of the centre photo"),
+        _column("center_lat_deg", pa.float64(), "latitude of the centre photo"),
+        _column("center_x_m", pa.float64(), "easting of the centre photo"),
+        _column("center_y_m", pa.float64(), "northing of the centre photo"),
+        *_grid(),
+        _column("sampling", pa.string(), "non_overlapping, random or per_quarter"),
+        _column("split", pa.string(), "train, validation, or guard: touches both and is used by neither"),
+    ],
+    key=("tile_id",),
+    order=("tile_index",),
+    partitions=("sensor", "region"),
+)
+
+CHIPS = _dataset(
+    "chips",
+    [
+        _TILE_ID,
+        _STATUS,
+        _REASON,
+        _ATTEMPTS,
+        _column("scene_id", pa.string(), "scene the pixels come from", nullable=True),
+        _column("acquired_at_utc", UTC, "when that scene was acquired", nullable=True),
+        _column("cloud_pct", pa.float64(), "cloud percentage of that scene", nullable=True),
+        _column("time_difference_days", pa.float64(), "scene minus centre photo, signed", nullable=True),
+        _column("scenes_tried", pa.int16(), "how many candidate scenes were requested"),
+        *_grid(),
+        *_stored_item("chip"),
+    ],
+    key=("tile_id",),
+    partitions=("sensor", "region"),
+)
+
+PAIRS = _dataset(
+    "pairs",
+    [
+        _TILE_ID,
+        _PHOTO_ID,
+        _column("center_photo_id", pa.string(), "photo at the tile's centre"),
+        _column("scene_id", pa.string(), "scene of the tile's chip"),
+        _LON,
+        _LAT,
+        _column("col_px", pa.float64(), "photo's column in the chip; 0 is the left edge of the first pixel"),
+        _column("row_px", pa.float64(), "photo's row in the chip; 0 is the upper edge of the first pixel"),
+        _column("taken_at_utc", UTC, "when the photo was taken", nullable=True),
+        _column("acquired_at_utc", UTC, "when the scene was acquired"),
+        _column("time_difference_days", pa.float64(), "scene minus this photo, signed", nullable=True),
+        _column("split", pa.string(), "train, validation or guard"),
+    ],
+    key=("tile_id", "photo_id"),
+    partitions=("sensor", "region"),
+)
+
+#: The training set repeats what a trainer needs, so that it reads no other dataset: see training/data.py.
+TRAINING_PAIRS = _dataset(
+    "training_set",
+    [
+        _TILE_ID,
+        _PHOTO_ID,
+        _column("region", pa.string(), "region of the tile"),
+        _column("split", pa.string(), "train or validation"),
+        _column("col_px", pa.float64(), "photo's column in the chip"),
+        _column("row_px", pa.float64(), "photo's row in the chip"),
+        _column("lon_deg", pa.float64(), "longitude of the photo"),
+        _column("lat_deg", pa.float64(), "latitude of the photo"),
+        _column("chip_shard", pa.string(), "shard of the chip, relative to the storage root"),
+        _column("chip_offset", pa.int64(), "byte offset of the chip in its shard"),
+        _column("chip_size_bytes", pa.int64(), "length of the chip"),
+        _column("embedding_row", pa.int64(), "row of the photo in ground_embeddings.npy beside this file"),
+    ],
+    key=("tile_id", "photo_id"),
+    partitions=("sensor", "snapshot"),
+)
+
+CHIP_EMBEDDINGS = _dataset(
+    "chip_embeddings",
+    [
+        _TILE_ID,
+        _column("center_lon_deg", pa.float64(), "longitude of the tile's centre"),
+        _column("center_lat_deg", pa.float64(), "latitude of the tile's centre"),
+        _column("embedding", pa.list_(pa.float32()), "f_S^I of the chip's central crop, L2-normalised"),
+        _column("model_id", pa.string(), "fingerprint of the satellite encoder"),
+    ],
+    key=("tile_id",),
+    partitions=("sensor", "region"),
+)
+
+#: Every dataset that `graft query` opens as a view.
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        REGIONS,
+        SEARCH_LOCATIONS,
+        FLICKR_PHOTOS,
+        GROUND_IMAGES,
+        GROUND_EMBEDDINGS,
+        OUTDOOR_PHOTOS,
+        SCENES,
+        TILES,
+        CHIPS,
+        PAIRS,
+        TRAINING_PAIRS,
+        CHIP_EMBEDDINGS,
+    )
+}

@@ -1,0 +1,161 @@
+"""One typed settings object for a whole deployment, read from the environment and an optional env file.
+
+Secrets are SecretStr and come from nowhere else. What single assets may be asked in a run is in assets/.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from graft_pipeline.errors import SettingsError
+from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
+
+
+class SensorSettings(BaseModel):
+    """A sensor of a deployment's own, spelled as JSON; fields as in `graft_pipeline.imagery.Sensor`."""
+
+    name: str
+    collection: str
+    bands: tuple[str, str, str]
+    gsd_m: float
+    chip_px: int = 448
+    crop_px: int = 224
+    display_range: tuple[float, float] | None = None
+    scene_choice: Literal["newest", "closest"] = "newest"
+    cloud_property: str | None = None
+    max_cloud_pct: float | None = None
+    listed_from: str = "2015-01-01"
+
+
+class PlanetSettings(BaseModel):
+    """The embedded world that answers when no key is set."""
+
+    seed: int = 0
+    #: A planet that runs already (`graft planet serve`); unset, each run starts its own on a free port.
+    url: str | None = None
+    latency_ms: float = Field(0.0, ge=0)
+    #: Requests per second before the planet answers 429; unset: unlimited.
+    quota: float | None = Field(None, gt=0)
+    #: Share of requests answered with a fault.
+    fault_rate: float = Field(0.0, ge=0, le=1)
+    #: Real GeoTIFFs served as scenes: `{"naip": ["file.tif"]}`, keyed by a sensor's name.
+    mounts: dict[str, list[str]] = Field(default_factory=dict)
+
+
+class Settings(BaseSettings):
+    """Settings of a deployment. Environment variables start with `GRAFT_`; nested ones join with `__`.
+
+    `GRAFT_ENV_FILE` names the env file to read (default `.env` in the current folder).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", env_nested_delimiter="__", extra="ignore")
+
+    #: Storage root: a folder, or any URL that fsspec opens (`s3://bucket/prefix`).
+    root: str = "data"
+    #: Side of a region in degrees.
+    grid_deg: float = 1.0
+    seed: int = 0
+
+    # --- Flickr ---
+    flickr_key: SecretStr | None = None
+    flickr_secret: SecretStr | None = None
+    flickr_url: str = "https://api.flickr.com/services/rest/"
+    #: Where image URLs of Flickr's static hosts are fetched from; unset: from the URL as given.
+    flickr_static_url: str | None = None
+    flickr_calls_per_hour: int = Field(3600, gt=0)
+    flickr_timeout_s: float = Field(30.0, gt=0)
+    search_locations_per_region: int = Field(100, gt=0)
+    search_radius_km: float = Field(2.0, gt=0, lt=32)
+    #: First upload date that is asked for, YYYY-MM-DD.
+    uploaded_from: str = "2004-02-10"
+
+    # --- images ---
+    image_concurrency: int = Field(16, gt=0)
+    image_timeout_s: float = Field(30.0, gt=0)
+    max_attempts: int = Field(5, gt=0)
+
+    # --- Earth Engine ---
+    ee_project: str | None = None
+    #: Key file of a service account; its content is never logged.
+    ee_key_file: Path | None = None
+    ee_url: str = "https://earthengine-highvolume.googleapis.com"
+    ee_concurrency: int = Field(40, gt=0)
+    ee_requests_per_second: int = Field(100, gt=0)
+    ee_timeout_s: float = Field(60.0, gt=0)
+
+    # --- models ---
+    #: open_clip architecture and pretrained tag (or a checkpoint file); or `local-dir:/folder` as architecture.
+    foundation_architecture: str = "ViT-B-16"
+    foundation_pretrained: str | None = "openai"
+    #: `zero_shot` on the cached foundation embeddings, or `checkpoint`: ResNet-18 weights in scene_checkpoint.
+    scene_classifier: Literal["zero_shot", "checkpoint"] = "zero_shot"
+    scene_checkpoint: Path | None = None
+    outdoor_threshold: float = Field(0.5, ge=0, le=1)
+
+    # --- pairs ---
+    sensors: tuple[SensorSettings, ...] = ()
+    photos_per_tile: int = Field(25, gt=0)
+    sampling: Literal["non_overlapping", "random", "per_quarter"] = "non_overlapping"
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+
+    #: None: production if keys are set, the planet if none is.
+    world: Literal["production", "planet"] | None = None
+    planet: PlanetSettings = Field(default_factory=PlanetSettings)
+
+    @field_validator("grid_deg")
+    @classmethod
+    def _grid_divides_a_degree(cls, value: float) -> float:
+        if value not in (1.0, 0.5, 0.25):
+            raise ValueError("grid_deg must be 1, 0.5 or 0.25")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_the_world(self) -> "Settings":
+        keys = {
+            "GRAFT_FLICKR_KEY": self.flickr_key,
+            "GRAFT_FLICKR_SECRET": self.flickr_secret,
+            "GRAFT_EE_PROJECT": self.ee_project,
+        }
+        missing = [name for name, value in keys.items() if value is None]
+        wants_production = self.world == "production" or (self.world is None and len(missing) < len(keys))
+        if wants_production and missing:
+            raise ValueError(
+                f"{', '.join(missing)} not set: set all of {', '.join(keys)} for the real services, "
+                "or none of them (or GRAFT_WORLD=planet) for the embedded planet"
+            )
+        return self
+
+    @property
+    def is_planet(self) -> bool:
+        """Whether this deployment talks to the embedded planet."""
+        return self.world == "planet" or (self.world is None and self.flickr_key is None)
+
+    @cached_property
+    def sensor_records(self) -> dict[str, Sensor]:
+        """The deployment's sensors by name: NAIP and Sentinel-2, unless `sensors` lists others."""
+        own = [Sensor(**sensor.model_dump()) for sensor in self.sensors]
+        return {sensor.name: sensor for sensor in (own or [NAIP, SENTINEL2])}
+
+
+def load_settings() -> Settings:
+    """Read the settings.
+
+    Returns:
+        The validated settings of this process's environment.
+
+    Raises:
+        SettingsError: if a variable is unknown to the rules above; no value of a secret is repeated.
+    """
+    env_file = os.environ.get("GRAFT_ENV_FILE", ".env")
+    try:
+        return Settings(_env_file=env_file)  # type: ignore[call-arg]
+    except ValidationError as error:
+        problems = "; ".join(
+            f"GRAFT_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" if item["loc"] else item["msg"]
+            for item in error.errors(include_input=False, include_url=False)
+        )
+        raise SettingsError(f"Settings are not usable: {problems}. Correct the environment or {env_file}.") from None

@@ -1,0 +1,4 @@
+"""How we learn: losses, data, loop and export of the satellite encoders, in plain PyTorch.
+
+Runs without Dagster (`python -m training`); what goes in and out as files is spelled in graft_pipeline.schemas.
+"""
