@@ -1,0 +1,310 @@
+import json
+import logging
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import tenacity
+from pydantic import SecretStr
+
+from graft_pipeline.errors import GraftError, InputError, ServiceError, SettingsError
+from graft_pipeline.settings import Settings
+from resources.flickr import PAGE_SIZE, RESULT_LIMIT, FlickrClient
+from resources.http import Retries
+
+KEY, SECRET = "0123456789abcdef0123456789abcdef", "fedcba9876543210"
+START = datetime(2015, 1, 1, tzinfo=UTC)
+END = START + timedelta(days=64)
+
+
+def client(url, **options):
+    options = {"retries": Retries(attempts=3, wait=tenacity.wait_none()), "calls_per_hour": 10**8, **options}
+    return FlickrClient(KEY, SECRET, url=url + "/services/rest/", timeout_s=0.5, **options)
+
+
+def search(flickr, start=START, end=END):
+    return list(flickr.search(-71.5, 42.25, 2.0, start, end))
+
+
+def page(photos, total=None, **changes):
+    total = len(photos) if total is None else total
+    return json.dumps({"photos": {"photo": photos, "total": total, **changes}, "stat": "ok"}).encode()
+
+
+def failure(code, message="text"):
+    return json.dumps({"stat": "fail", "code": code, "message": message}).encode()
+
+
+class Uploads:
+    """Speaks flickr.photos.search for photos at given seconds, with Flickr's ceiling and its repeats."""
+
+    def __init__(self, reply, seconds):
+        self._reply = reply
+        self._photos = [(second, str(number)) for number, second in enumerate(sorted(seconds))]
+
+    def __call__(self, request):
+        form = request.form
+        first, last = int(form["min_upload_date"]), int(form["max_upload_date"])
+        found = [photo for photo in self._photos if first <= photo[0] <= last]
+        offset = (int(form["page"]) - 1) * PAGE_SIZE
+        if offset >= RESULT_LIMIT:
+            offset = RESULT_LIMIT - PAGE_SIZE
+        rows = [
+            {"id": name, "dateupload": str(second)} for second, name in found[offset : offset + PAGE_SIZE]
+        ]
+        return self._reply(page(rows, total=str(len(found))))
+
+
+def test_request_is_what_flickr_documents(scripted, reply):
+    server = scripted(lambda request: reply(page([])))
+    with client(server.url) as flickr:
+        assert search(flickr) == []
+    (request,) = server.requests
+    form = request.form
+    assert (request.method, request.path) == ("POST", "/services/rest/")
+    assert request.headers["authorization"].startswith("OAuth ")
+    assert f'oauth_consumer_key="{KEY}"' in request.headers["authorization"]
+    assert form["method"] == "flickr.photos.search"
+    assert (form["lon"], form["lat"], form["radius"], form["radius_units"]) == (
+        "-71.5000000",
+        "42.2500000",
+        "2.0000",
+        "km",
+    )
+    assert form["min_upload_date"] == str(int(START.timestamp()))
+    assert form["max_upload_date"] == str(int(END.timestamp()) - 1)
+    assert (form["accuracy"], form["has_geo"], form["media"], form["content_type"]) == (
+        "1",
+        "1",
+        "photos",
+        "1",
+    )
+    assert (form["sort"], form["per_page"], form["page"]) == ("date-posted-asc", "250", "1")
+    assert {"geo", "date_upload", "date_taken", "tags", "license", "url_n", "url_l"} <= set(
+        form["extras"].split(",")
+    )
+
+
+def test_all_pages_are_read_and_ids_are_unique(scripted, reply):
+    second = int(START.timestamp())
+    server = scripted(Uploads(reply, [second + number for number in range(601)]))
+    flickr = client(server.url)
+    assert [row["id"] for row in search(flickr)] == [str(number) for number in range(601)]
+    assert flickr.calls == len(server.requests) == 3
+
+
+def test_repeats_between_pages_are_dropped(scripted, reply):
+    photos = [{"id": number} for number in range(PAGE_SIZE)]
+    server = scripted(lambda request: reply(page(photos, total=600)))
+    assert len(search(client(server.url))) == PAGE_SIZE
+
+
+def test_large_answers_are_split_by_upload_time(scripted, reply):
+    second = int(START.timestamp())
+    seconds = [second + 17 + 37 * number for number in range(9000)] + [int(END.timestamp()) - 1]
+    server = scripted(Uploads(reply, [*seconds, second - 1, int(END.timestamp())]))
+    flickr = client(server.url)
+    assert sorted(int(row["dateupload"]) for row in search(flickr)) == sorted(seconds)
+    assert flickr.unreachable_results == 0
+    windows = {
+        (form["min_upload_date"], form["max_upload_date"]) for form in (r.form for r in server.requests)
+    }
+    assert len(windows) > 1
+
+
+def test_one_second_beyond_the_ceiling_is_counted(scripted, reply, caplog):
+    second = int(START.timestamp())
+    server = scripted(Uploads(reply, [second] * 4300))
+    flickr = client(server.url)
+    rows = search(flickr, START, START + timedelta(seconds=4))
+    assert len(rows) == RESULT_LIMIT
+    assert flickr.unreachable_results == 300
+    assert "4300" in caplog.text
+
+
+def test_types_of_the_answer_are_coerced(scripted, reply, caplog):
+    rows = [{"id": 7}, {"id": "8"}, {"title": "no id"}, "no record", {"id": ""}]
+    server = scripted(lambda request: reply(page(rows, total="many", pages=None)))
+    assert [row["id"] for row in search(client(server.url))] == ["7", "8"]
+    assert "3 records without an id" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"body": b"", "status": 429, "headers": {"Retry-After": "0"}},
+        {"body": b"oops", "status": 500},
+        {"body": b"<html>busy</html>", "status": 502},
+        {"body": b"<html>portal</html>"},
+        {"body": b""},
+        {"body": page([{"id": "1"}])[:-9]},
+        {"body": b"null"},
+        {"body": b"[1]"},
+        {"body": b'{"stat": "fail"}'},
+        {"body": b'{"stat": "ok"}'},
+        {"body": b'{"stat": "ok", "photos": {"photo": null}}'},
+        {"body": failure(105)},
+        {"body": failure(10)},
+        {"body": failure("105")},
+        {"body": page([{"id": "1"}]), "announced": 9999},
+        {"hangs": True},
+        {"status": 302, "headers": {"Location": "https://portal.example/login?key=1"}},
+    ],
+)
+def test_passing_trouble_is_retried_with_a_new_signature(scripted, reply, bad):
+    answers = iter([reply(**bad), reply(page([{"id": "1"}]))])
+    server = scripted(lambda request: next(answers))
+    assert [row["id"] for row in search(client(server.url))] == ["1"]
+    signatures = {request.headers["authorization"] for request in server.requests}
+    assert len(signatures) == len(server.requests) == 2
+
+
+def test_lasting_trouble_ends_in_a_service_error(scripted, reply):
+    server = scripted(lambda request: reply(b"", 503))
+    with pytest.raises(ServiceError, match=r"127\.0\.0\.1:\d+.*HTTP 503.*again later"):
+        search(client(server.url))
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("code", [96, 98, 100, "100"])
+def test_refused_key_is_a_settings_error_at_once(scripted, reply, code):
+    server = scripted(lambda request: reply(failure(code, f"Invalid API Key ({KEY})")))
+    with pytest.raises(SettingsError, match="GRAFT_FLICKR_KEY") as caught:
+        search(client(server.url))
+    assert KEY not in str(caught.value)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_signature_is_a_settings_error(scripted, reply, status):
+    server = scripted(lambda request: reply(b"oauth_problem=signature_invalid", status))
+    with pytest.raises(SettingsError, match=str(status)):
+        search(client(server.url))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(3, InputError), (18, InputError), (999, InputError), (112, ServiceError), (116, ServiceError)],
+)
+def test_other_failures_are_permanent(scripted, reply, code, error):
+    server = scripted(lambda request: reply(failure(code)))
+    with pytest.raises(error, match=str(code)):
+        search(client(server.url))
+    assert len(server.requests) == 1
+
+
+def test_wrong_address_is_explained(scripted, reply):
+    server = scripted(lambda request: reply(b"not here", 404))
+    with pytest.raises(ServiceError, match="GRAFT_FLICKR_URL"):
+        search(client(server.url))
+
+
+def test_unreachable_host_is_named(free_url):
+    with pytest.raises(ServiceError, match=free_url.removeprefix("http://")) as caught:
+        search(client(free_url))
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(200, 42, 2), (-71, 95, 2), (-71, 42, 0), (-71, 42, 32), (float("nan"), 1, 1)]
+)
+def test_arguments_out_of_range(free_url, arguments):
+    with pytest.raises(InputError):
+        list(client(free_url).search(*arguments, START, END))
+
+
+def test_times_need_a_zone_and_empty_windows_need_no_call(free_url):
+    with pytest.raises(InputError, match="time zone"):
+        search(client(free_url), START.replace(tzinfo=None), END)
+    assert search(client(free_url), END, START) == []
+    assert search(client(free_url), START, START) == []
+
+
+def test_neither_key_nor_secret_shows_anywhere(scripted, reply, everything_logged):
+    """Not in logs at DEBUG of any library, nor in errors with their whole chain, nor in reprs."""
+    import traceback
+
+    def respond(request):
+        leak = request.headers["authorization"] + KEY + SECRET
+        return next(answers, reply(leak.encode(), 500))
+
+    answers = iter([reply(failure(105, KEY)), reply(page([{"id": "1"}])), reply(b"", 429)])
+    server = scripted(respond)
+    shown = []
+    with client(server.url) as flickr:
+        search(flickr)
+        for url in (server.url, "http://127.0.0.1:9"):
+            try:
+                search(client(url))
+            except GraftError as error:
+                shown.append(
+                    "".join(traceback.TracebackException.from_exception(error, capture_locals=False).format())
+                )
+        shown += [repr(flickr), str(flickr), repr(flickr._opened), repr(vars(flickr)["_opened"][0])]
+    text = everything_logged() + "".join(shown)
+    assert "Flickr" in text
+    assert KEY not in text
+    assert SECRET not in text
+
+
+def test_settings_name_everything(scripted, reply):
+    server = scripted(lambda request: reply(page([])))
+    settings = Settings(
+        world="planet",
+        flickr_key=SecretStr(KEY),
+        flickr_secret=SecretStr(SECRET),
+        flickr_url=server.url + "/elsewhere/",
+        flickr_calls_per_hour=10**8,
+    )
+    search(FlickrClient.from_settings(settings))
+    assert server.requests[0].path == "/elsewhere/"
+
+
+@pytest.mark.parametrize("missing", ["flickr_key", "flickr_secret"])
+def test_missing_key_is_a_settings_error(missing):
+    settings = Settings(world="planet", flickr_key=SecretStr(KEY), flickr_secret=SecretStr(SECRET))
+    with pytest.raises(SettingsError, match="GRAFT_FLICKR_KEY"):
+        FlickrClient.from_settings(settings.model_copy(update={missing: None}))
+
+
+@pytest.mark.parametrize("url", ["", "api.flickr.com", "file:///etc/passwd"])
+def test_unusable_address_is_a_settings_error(url):
+    with pytest.raises(SettingsError, match="GRAFT_FLICKR_URL"):
+        FlickrClient(KEY, SECRET, url=url)
+
+
+def test_pace_is_kept_over_restarts(scripted, reply, tmp_path):
+    """The pacing file remembers calls of a client that is gone."""
+    server = scripted(lambda request: reply(page([])))
+    file = tmp_path / "state" / "pace.sqlite"
+    for _ in range(2):
+        with client(server.url, pacing_file=file, calls_per_hour=3600 * 50) as flickr:
+            search(flickr)
+    import sqlite3
+
+    with sqlite3.connect(file) as database:
+        assert database.execute("select count(*) from rate_bucket").fetchone()[0] == 2
+
+
+def test_damaged_pacing_file_is_explained(free_url, tmp_path):
+    file = tmp_path / "pace.sqlite"
+    file.write_bytes(b"no database" * 1000)
+    with pytest.raises(SettingsError, match=r"pace\.sqlite.*delete"):
+        search(client(free_url, pacing_file=file))
+
+
+def test_importing_the_client_loads_no_flickrapi():
+    code = "import sys, resources.flickr; assert 'flickrapi' not in sys.modules and 'ee' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_client_opens_again_after_close(scripted, reply):
+    server = scripted(lambda request: reply(page([])))
+    flickr = client(server.url)
+    search(flickr)
+    flickr.close()
+    flickr.close()
+    search(flickr)
+    assert flickr.calls == 2
+    assert not any(type(entry).__name__ == "Redaction" for entry in logging.getLogger("flickrapi").filters)
