@@ -25,8 +25,8 @@ _thread = threading.local()
 def utm_epsg(lon_deg: float, lat_deg: float) -> int:
     """EPSG code of the WGS 84 / UTM zone of a place, by the plain six-degree rule.
 
-    The exceptions around Norway and Svalbard are left out: zones must follow meridians that are multiples of six
-    degrees everywhere, so that no region lies in two.
+    The exceptions around Norway and Svalbard are left out: zones must follow meridians that are multiples of
+    six degrees everywhere, so that no region lies in two.
 
     Args:
         lon_deg: longitude, EPSG:4326, -180 to 180 (180 counts as zone 60).
@@ -164,7 +164,7 @@ class Grid:
         # floor(v + 0.5), not round(): halves go one way, so neighbouring places never swap order.
         x0_m = math.floor(x_m / gsd_m - half + 0.5) * gsd_m
         y0_m = math.floor(y_m / gsd_m + half + 0.5) * gsd_m
-        return cls(epsg, x0_m, y0_m, gsd_m, size_px, size_px)
+        return cls(epsg, float(x0_m), float(y0_m), float(gsd_m), size_px, size_px)
 
     @property
     def crs(self) -> str:

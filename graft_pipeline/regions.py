@@ -1,11 +1,10 @@
-"""Regions: the cells of a fixed lon/lat grid, their keys, borders and UTM zones, and which of them an area touches.
+"""Regions: the cells of a fixed lon/lat grid, their keys, borders, UTM zones, and which an area touches.
 
 How areas are read and registered is in areas.py; that regions are Dagster partitions, in partitions.py.
 """
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,7 @@ from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import Projection, projection, utm_epsg
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from shapely.geometry.base import BaseGeometry
-
-    from graft_pipeline.areas import Area
 
 #: Sides that a region may have, degrees. All divide a UTM zone, so a region has one.
 GRID_SIDES_DEG = (1.0, 0.5, 0.25)
@@ -51,8 +47,8 @@ class Region:
             on_grid = math.isfinite(value) and (value / self.grid_deg).is_integer()
             if not on_grid or not -limit <= value <= limit - self.grid_deg:
                 raise InputError(
-                    f"No region of {self.grid_deg} degrees has its south-west corner at latitude {self.south_deg}, "
-                    f"longitude {self.west_deg}: use multiples of {self.grid_deg} within the globe."
+                    f"No region of {self.grid_deg} degrees has its south-west corner at latitude "
+                    f"{self.south_deg}, longitude {self.west_deg}: use multiples of {self.grid_deg}."
                 )
 
     @classmethod
@@ -106,7 +102,7 @@ class Region:
 
     @property
     def key(self) -> str:
-        """South-west corner, SRTM style; without comma, pipe or slash, as Dagster's partition keys need it."""
+        """South-west corner, SRTM style; no comma, pipe or slash, which Dagster's partition keys forbid."""
         lat, lon = abs(self.south_deg), abs(self.west_deg)
         ns, ew = "S" if self.south_deg < 0 else "N", "W" if self.west_deg < 0 else "E"
         if self.grid_deg == 1.0:
@@ -161,10 +157,10 @@ class Region:
     def holds_squares(
         self, lon_deg: npt.ArrayLike, lat_deg: npt.ArrayLike, half_side_m: float
     ) -> npt.NDArray[np.bool_]:
-        """Around which places a square of the UTM grid lies inside the region: Chebyshev distance to the border.
+        """Around which places a square of the UTM grid lies inside the region: Chebyshev border distance.
 
-        A square, not a circle: where grid north and true north differ, two places on either side of a border can be
-        apart by d in metres and by less than d in x and in y.
+        A square, not a circle: where grid north and true north differ, two places on either side of a border
+        can be apart by d in metres and by less than d in x and in y.
 
         Args:
             lon_deg: (N,) longitudes of the squares' centres, EPSG:4326.
@@ -206,7 +202,7 @@ def regions_touching(geometry: "BaseGeometry", grid_deg: float = 1.0) -> list[Re
         grid_deg: side of the grid's cells, degrees.
 
     Returns:
-        Regions sorted by latitude, then longitude; those that share only a border with the geometry are left out.
+        Regions by latitude, then longitude; those that share only a border with the geometry are left out.
 
     Raises:
         InputError: if the geometry is empty or leaves the globe.
@@ -228,47 +224,3 @@ def regions_touching(geometry: "BaseGeometry", grid_deg: float = 1.0) -> list[Re
     shapely.prepare(geometry)
     touched = shapely.intersects(geometry, cells) & ~shapely.touches(geometry, cells)
     return [Region(float(lat[i]), float(lon[i]), grid_deg) for i in np.flatnonzero(touched)]
-
-
-def regions_table(areas: Sequence["Area"], grid_deg: float = 1.0) -> "pa.Table":
-    """The regions that registered areas touch.
-
-    Args:
-        areas: registered areas.
-        grid_deg: side of the grid's cells, degrees.
-
-    Returns:
-        Table of `schemas.REGIONS`: one row per region and area, sorted.
-
-    Raises:
-        InputError: if an area leaves the globe or UTM's latitudes.
-    """
-    import pyarrow as pa
-    import shapely
-
-    from graft_pipeline.schemas import REGIONS
-
-    def equal_area(lon_lat: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        # Lambert's cylindrical projection: areas on the sphere, up to a factor.
-        return np.column_stack([lon_lat[:, 0], np.degrees(np.sin(np.radians(lon_lat[:, 1])))])
-
-    rows = []
-    for area in areas:
-        for region in regions_touching(area.geometry, grid_deg):
-            west, south, east, north = region.bounds
-            shared = shapely.transform(shapely.intersection(area.geometry, region.polygon), equal_area)
-            share = shared.area / shapely.transform(region.polygon, equal_area).area
-            rows.append(
-                {
-                    "region": region.key,
-                    "area": area.name,
-                    "west_deg": west,
-                    "south_deg": south,
-                    "east_deg": east,
-                    "north_deg": north,
-                    "epsg": region.epsg,
-                    "covered_pct": float(min(100.0, 100.0 * share)),
-                }
-            )
-    rows.sort(key=lambda row: (row["region"], row["area"]))
-    return pa.Table.from_pylist(rows, schema=REGIONS.schema)

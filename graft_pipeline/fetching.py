@@ -1,0 +1,185 @@
+"""What chips and ground images share: many slow calls at once, results stored in order, safe to be killed.
+
+What is fetched and what a failure means is decided in chips.py and ground_images.py.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline.manifests import conform, remove_partial_files, write_table
+from graft_pipeline.schemas import Dataset
+from graft_pipeline.shards import ShardWriter, StoredItem, next_shard_number, shard_name
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(
+    call: Callable[[Item], Result], items: Iterable[Item], concurrency: int
+) -> Generator[tuple[Item, Result], None, None]:
+    """Call a function on items in threads; results come in the order of the items, whatever the timing.
+
+    At most `4 * concurrency` results wait or run at any time, so memory stays bounded. When a call raises,
+    or the consumer stops, calls that have not begun are dropped and those under way are waited for.
+
+    Args:
+        call: function of one item, safe to run in threads.
+        items: what to call it on.
+        concurrency: number of threads.
+
+    Yields:
+        (item, result), in order.
+
+    Raises:
+        Exception: whatever a call raised, at its item's turn.
+    """
+    pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="fetch")
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(call, item)))
+            if len(waiting) >= 4 * concurrency:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class StoredItems:
+    """The index and the shards of one partition, grown together: a shard, then the index that names it.
+
+    A process killed at any moment leaves an index that is right and at most one shard that no row names; the
+    next one overwrites it. Finished shards are never touched again.
+    """
+
+    def __init__(
+        self,
+        folder: "UPath | Path",
+        dataset: Dataset,
+        existing: pa.Table | None,
+        *,
+        stem: str,
+        extension: str,
+        shard_size: int,
+    ) -> None:
+        """Open a partition.
+
+        Args:
+            folder: its folder; the index is `{dataset}.parquet` in it.
+            dataset: schema of the index, with the columns of a stored item.
+            existing: rows that the index holds.
+            stem: first part of the shards' names.
+            extension: of the members.
+            shard_size: rows after which shard and index are written.
+        """
+        self._folder = folder
+        self._dataset = dataset
+        self._stem = stem
+        self._extension = extension
+        self._shard_size = shard_size
+        self._table = dataset.empty() if existing is None else existing
+        self._rows: list[dict[str, Any]] = []
+        self._writer: ShardWriter | None = None
+        #: Whether any file was written.
+        self.is_changed = False
+        remove_partial_files(folder)
+
+    def add(self, row: dict[str, Any], content: bytes | None = None) -> None:
+        """Add a row, or replace the one of the same key.
+
+        Args:
+            row: values of the dataset's columns; the stored item's are filled in here.
+            content: what is stored for it, if anything.
+        """
+        key = row[self._dataset.key[0]]
+        item: StoredItem | None = None
+        if content is not None:
+            if self._writer is None:
+                number = next_shard_number(self._stem, self._table["shard"].to_pylist())
+                self._writer = ShardWriter(self._folder, shard_name(self._stem, number))
+                self._writer.__enter__()
+            item = self._writer.add(f"{key}.{self._extension}", content)
+        blank = dict.fromkeys(self._dataset.schema.names)
+        self._rows.append({**blank, **row, **(vars(item) if item else {})})
+        if len(self._rows) >= self._shard_size:
+            self.flush()
+
+    def flush(self) -> pa.Table:
+        """Finish the shard under way and write the index.
+
+        Returns:
+            All rows, as they lie in the index.
+        """
+        writer, rows = self._writer, self._rows
+        self._writer, self._rows = None, []
+        if writer is not None:
+            writer.__exit__(None, None, None)
+        if rows:
+            new = pa.Table.from_pylist(rows, schema=self._dataset.schema)
+            key = self._dataset.key[0]
+            kept = self._table.filter(pc.invert(pc.is_in(self._table[key], new[key].combine_chunks())))
+            self._table = pa.concat_tables([kept.cast(self._dataset.schema), new])
+        self._table = conform(self._table, self._dataset)
+        index = self._folder / f"{self._dataset.name}.parquet"
+        self.is_changed |= write_table(index, self._table, self._dataset)
+        return self._table
+
+    def __enter__(self) -> "StoredItems":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Also after an error: what was fetched before it is finished work and is not fetched twice.
+        self.flush()
+
+
+def pending_rows(
+    items: pa.Table, known: pa.Table, key: str, max_attempts: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Which items are to be fetched: those without a row, and failed ones below the limit.
+
+    Args:
+        items: what there is to fetch.
+        known: index rows with the columns `status` and `attempts`.
+        key: the column that identifies both.
+        max_attempts: tries before an item is left alone.
+
+    Returns:
+        The items in their order, and how often each failed one was tried.
+    """
+    again = known.filter(
+        pc.and_(pc.equal(known["status"], "failed"), pc.less(known["attempts"], max_attempts))
+    )
+    is_known = pc.is_in(items[key], known[key].combine_chunks())
+    is_again = pc.is_in(items[key], again[key].combine_chunks())
+    todo = items.filter(pc.or_(pc.invert(is_known), is_again)).to_pylist()
+    return todo, dict(zip(again[key].to_pylist(), again["attempts"].to_pylist(), strict=True))
+
+
+def sample_rows(table: pa.Table, count: int, seed: int) -> list[dict[str, Any]]:
+    """A random few of the stored rows of an index.
+
+    Args:
+        table: index rows; only ok ones are chosen.
+        count: how many at most.
+        seed: of the choice.
+
+    Returns:
+        Rows in the table's order.
+    """
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    chosen = np.random.default_rng(seed).permutation(ok.num_rows)[:count]
+    rows: list[dict[str, Any]] = ok.take(pa.array(np.sort(chosen))).to_pylist()
+    return rows

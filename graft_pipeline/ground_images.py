@@ -1,0 +1,230 @@
+"""Ground images of a region: which photos are to be fetched, what is kept, in which shard each lies.
+
+How bytes are fetched, checked and resized is in resources/images.py; which photos exist, in photos.py.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline.errors import ItemError
+from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, sample_rows
+from graft_pipeline.manifests import read_table
+from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
+from graft_pipeline.shards import read_member
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+logger = logging.getLogger(__name__)
+
+#: Two images whose 64-bit perceptual hashes differ in at most so many bits count as the same picture.
+NEAR_DUPLICATE_BITS = 4
+
+
+@dataclass(frozen=True)
+class FetchedImage:
+    """One ground image, ready to be stored.
+
+    Attributes:
+        content: JPEG as it is stored.
+        width_px: its width.
+        height_px: its height.
+        phash: 64-bit perceptual hash, 16 hexadecimal digits.
+    """
+
+    content: bytes
+    width_px: int
+    height_px: int
+    phash: str
+
+
+#: An image URL in, the image out; ItemError for one that cannot be had.
+Fetch = Callable[[str], FetchedImage]
+
+
+def fetch_images(
+    photos: pa.Table,
+    existing: pa.Table | None,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int = 1000,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Fetch the images that a region does not have yet, and store them.
+
+    Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times, in
+    the order (uploaded_at, photo_id). An image nearly equal to one that is kept is rejected and not stored.
+
+    Args:
+        photos: FLICKR_PHOTOS rows of the region.
+        existing: GROUND_IMAGES rows of an earlier call, None at first.
+        folder: the partition's folder; the index and its shards are written there.
+        fetch: gives one image; called from threads.
+        concurrency: number of threads.
+        max_attempts: tries before a photo is left alone.
+        shard_size: photos after which a shard and the index are written.
+        progress: called with (done, total).
+
+    Returns:
+        All GROUND_IMAGES rows of the region, sorted by photo_id.
+
+    Raises:
+        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
+    """
+    return _fetch(photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress)[0]
+
+
+def update(
+    photos: pa.Table,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    *,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int = 1000,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[pa.Table, bool]:
+    """`fetch_images` upon the rows that the folder's own index holds.
+
+    Args:
+        photos: see `fetch_images`.
+        folder: see there.
+        fetch: see there.
+        concurrency: see there.
+        max_attempts: see there.
+        shard_size: see there.
+        progress: see there.
+
+    Returns:
+        All rows, and whether any file changed.
+    """
+    existing = read_table(folder / f"{GROUND_IMAGES.name}.parquet", GROUND_IMAGES)
+    return _fetch(photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress)
+
+
+def _fetch(
+    photos: pa.Table,
+    existing: pa.Table | None,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[pa.Table, bool]:
+    known = GROUND_IMAGES.empty() if existing is None else existing
+    usable = photos.filter(pc.equal(photos["status"], "ok"))
+    usable = usable.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order])
+    todo, attempts = pending_rows(usable.select(["photo_id", "image_url"]), known, "photo_id", max_attempts)
+
+    def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
+        try:
+            return fetch(photo["image_url"])
+        except ItemError as error:
+            return error
+
+    kept = known.filter(pc.equal(known["status"], "ok")).select(["photo_id", "phash"]).to_pylist()
+    seen = _NearDuplicates()
+    for stored in kept:
+        seen.add(stored["photo_id"], stored["phash"])
+    store = StoredItems(folder, GROUND_IMAGES, known, stem="images", extension="jpg", shard_size=shard_size)
+    with store, closing(ordered_map(outcome, todo, concurrency)) as results:
+        for done, (photo, result) in enumerate(results, start=1):
+            photo_id = photo["photo_id"]
+            row: dict[str, Any] = {"photo_id": photo_id, "attempts": attempts.get(photo_id, 0) + 1}
+            if isinstance(result, ItemError):
+                status = "rejected" if result.is_permanent else "failed"
+                store.add({**row, "status": status, "reason": result.reason})
+            else:
+                row |= {"width_px": result.width_px, "height_px": result.height_px, "phash": result.phash}
+                twin = seen.find(result.phash)
+                if twin is None:
+                    seen.add(photo_id, result.phash)
+                    store.add({**row, "status": "ok"}, result.content)
+                else:
+                    store.add({**row, "status": "rejected", "reason": "near_duplicate", "duplicate_of": twin})
+            if progress:
+                progress(done, len(todo))
+        table = store.flush()
+    return table, store.is_changed
+
+
+class _NearDuplicates:
+    """Perceptual hashes that are kept, searchable within NEAR_DUPLICATE_BITS.
+
+    Of five bands of a hash, one at least is equal when at most four bits differ: only those are compared.
+    """
+
+    _BANDS = NEAR_DUPLICATE_BITS + 1
+
+    def __init__(self) -> None:
+        self._hashes: list[tuple[int, str]] = []
+        self._by_band: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def _bands(self, value: int) -> list[tuple[int, int]]:
+        width = -(-64 // self._BANDS)
+        return [(band, (value >> (band * width)) & ((1 << width) - 1)) for band in range(self._BANDS)]
+
+    def add(self, photo_id: str, phash: str) -> None:
+        """Keep a hash."""
+        value = int(phash, 16)
+        for band in self._bands(value):
+            self._by_band[band].append(len(self._hashes))
+        self._hashes.append((value, photo_id))
+
+    def find(self, phash: str) -> str | None:
+        """The photo kept first among those near a hash, None without any."""
+        value = int(phash, 16)
+        candidates = {row for band in self._bands(value) for row in self._by_band.get(band, ())}
+        near = [
+            row for row in candidates if (self._hashes[row][0] ^ value).bit_count() <= NEAR_DUPLICATE_BITS
+        ]
+        return self._hashes[min(near)][1] if near else None
+
+
+def decode(content: bytes) -> npt.NDArray[np.uint8]:
+    """Decode a stored ground image.
+
+    Args:
+        content: JPEG.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    from PIL import Image
+
+    with Image.open(BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def sample_images(
+    folder: "UPath | Path", table: pa.Table, count: int, seed: int = 0
+) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+    """A few stored images for people to look at.
+
+    Args:
+        folder: the partition's folder.
+        table: GROUND_IMAGES rows to choose from; only ok ones are.
+        count: how many at most.
+        seed: of the choice.
+
+    Returns:
+        (photo_id, (H, W, 3) uint8 RGB), in the table's order.
+    """
+    return [
+        (row["photo_id"], decode(read_member(folder, row["shard"], row["offset"], row["size_bytes"])))
+        for row in sample_rows(table, count, seed)
+    ]

@@ -1,0 +1,369 @@
+"""How tables and bytes reach the storage root and come back: atomic, deterministic, checked by schema.
+
+Which datasets exist is in schemas.py; a deployment's root and its credentials are in resources/storage.py.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow as pa
+
+from graft_pipeline.errors import DataError, ServiceError
+from graft_pipeline.schemas import DATASETS, STATUSES, Dataset
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from upath import UPath
+
+logger = logging.getLogger(__name__)
+
+#: Rows of a row group: about 10 MB of pairs, small enough for selective reads from an object store.
+ROW_GROUP_ROWS = 131_072
+
+_PARTIAL_SUFFIX = ".partial"
+
+
+def partition_folder(root: "UPath | Path", dataset: Dataset, **values: str) -> "UPath":
+    """Folder of one partition of a dataset, hive style: `root/tiles/sensor=naip/region=N42W072`.
+
+    Args:
+        root: storage root.
+        dataset: the dataset.
+        **values: one value for each of the dataset's partition columns.
+
+    Returns:
+        The folder, which need not exist.
+
+    Raises:
+        DataError: if the values are not those of the dataset's partition columns.
+    """
+    if set(values) != set(dataset.partitions):
+        raise DataError(
+            f"Dataset {dataset.name} is partitioned by {dataset.partitions}, not by {tuple(values)}: "
+            "name each partition column once."
+        )
+    folder = root / dataset.name
+    for column in dataset.partitions:
+        folder = folder / f"{column}={values[column]}"
+    return cast("UPath", folder)
+
+
+def partition_file(root: "UPath | Path", dataset: Dataset, **values: str) -> "UPath":
+    """Parquet file of one partition: `{dataset}.parquet` in its `partition_folder`.
+
+    Args:
+        root: storage root.
+        dataset: the dataset.
+        **values: one value for each of the dataset's partition columns.
+
+    Returns:
+        The file, which need not exist.
+
+    Raises:
+        DataError: if the values are not those of the dataset's partition columns.
+    """
+    return partition_folder(root, dataset, **values) / f"{dataset.name}.parquet"
+
+
+def is_local(path: "UPath | Path") -> bool:
+    """Whether a path is on a file system of this machine, where a rename replaces a file atomically.
+
+    Args:
+        path: any path.
+
+    Returns:
+        False for object stores and other fsspec protocols.
+    """
+    return getattr(path, "protocol", "") in ("", "file", "local")
+
+
+@contextlib.contextmanager
+def atomic_local_file(path: "UPath | Path") -> Iterator[Path]:
+    """A temporary name beside a local file that takes its place when the block ends well.
+
+    Args:
+        path: final name, on a local file system; missing parents are made.
+
+    Yields:
+        Where to write. When the block raises, nothing stays behind and the old file is as it was.
+
+    Raises:
+        ServiceError: if the disk is full.
+    """
+    final = Path(str(path))
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{_PARTIAL_SUFFIX}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ServiceError(
+                f"Disk full while writing {path}: free space and start the run again."
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: "UPath | Path") -> int:
+    """Remove what killed processes left half written in a local folder.
+
+    Args:
+        folder: folder with one writer at a time, as Dagster's run queue and pools ensure.
+
+    Returns:
+        Number of files removed; 0 on object stores, whose single puts leave nothing.
+    """
+    if not is_local(folder):
+        return 0
+    leftovers = list(Path(str(folder)).glob(f".*{_PARTIAL_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def write_bytes_atomic(path: "UPath | Path", data: bytes) -> bool:
+    """Make a file hold some bytes; readers see the old content or the new, never a part.
+
+    Args:
+        path: file on a local disk or an object store.
+        data: its whole content.
+
+    Returns:
+        False if the file held exactly that already and was not touched.
+
+    Raises:
+        ServiceError: if the disk is full.
+    """
+    if is_local(path):
+        local = Path(str(path))
+        if local.is_file() and local.stat().st_size == len(data) and local.read_bytes() == data:
+            return False
+        with atomic_local_file(local) as partial, partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            # A rename that survives a power cut while its content does not would be half a file after all.
+            os.fsync(file.fileno())
+        return True
+    remote = cast("UPath", path)
+    if remote.exists() and remote.stat().st_size == len(data) and remote.read_bytes() == data:
+        return False
+    remote.fs.pipe_file(remote.path, data)
+    return True
+
+
+def conform(table: pa.Table, dataset: Dataset) -> pa.Table:
+    """Cast a table to a dataset's schema, check it and sort it.
+
+    Args:
+        table: rows to be written; partition columns of the dataset may be there and are dropped.
+        dataset: what they must obey.
+
+    Returns:
+        Table of exactly `dataset.schema`, sorted by `dataset.order` and key, in one chunk.
+
+    Raises:
+        DataError: on missing or unknown columns, values that do not cast, nulls in a required column,
+            repeated keys, or a status that is not one of `schemas.STATUSES`.
+    """
+    import pyarrow.compute as pc
+
+    wanted = dataset.schema.names
+    missing = [name for name in wanted if name not in table.column_names]
+    unknown = [name for name in table.column_names if name not in wanted and name not in dataset.partitions]
+    if missing or unknown:
+        raise DataError(
+            f"Dataset {dataset.name}: missing columns {missing}, unknown columns {unknown}. "
+            "Build the table from graft_pipeline.schemas."
+        )
+    columns = []
+    for field in dataset.schema:
+        try:
+            column = table.column(field.name).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"Dataset {dataset.name}, column {field.name}: {error}. Correct its writer."
+            ) from error
+        if not field.nullable and column.null_count:
+            raise DataError(
+                f"Dataset {dataset.name}: {column.null_count} of {len(column)} values of the required column "
+                f"{field.name} are missing. Correct its writer."
+            )
+        columns.append(column)
+    result = pa.table(columns, schema=dataset.schema)
+    if "status" in wanted:
+        wrong = set(pc.unique(result["status"]).to_pylist()) - set(STATUSES)
+        if wrong:
+            raise DataError(
+                f"Dataset {dataset.name}: status {sorted(wrong)} is none of {STATUSES}. Correct its writer."
+            )
+    distinct = result.select(list(dataset.key)).group_by(list(dataset.key)).aggregate([]).num_rows
+    if distinct != result.num_rows:
+        raise DataError(
+            f"Dataset {dataset.name}: {result.num_rows - distinct} rows repeat a key {dataset.key}. "
+            "Correct its writer."
+        )
+    order = list(dict.fromkeys((*dataset.order, *dataset.key)))
+    return result.sort_by([(name, "ascending") for name in order]).combine_chunks()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet: same rows, same bytes (for one version of pyarrow).
+
+    Args:
+        table: any table.
+
+    Returns:
+        The file's content: zstd, fixed row groups, statistics, no timestamps.
+    """
+    import pyarrow.parquet as pq
+
+    buffer = BytesIO()
+    pq.write_table(
+        table.combine_chunks(),
+        buffer,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        row_group_size=ROW_GROUP_ROWS,
+        write_statistics=True,
+    )
+    return buffer.getvalue()
+
+
+def write_table(path: "UPath | Path", table: pa.Table, dataset: Dataset) -> bool:
+    """Write one whole Parquet file of a dataset, atomically.
+
+    Args:
+        path: the file, see `partition_file`.
+        table: its rows, in any order; see `conform` for what is checked.
+        dataset: schema, key and order.
+
+    Returns:
+        False if the file held exactly these rows already and was not touched.
+
+    Raises:
+        DataError: if the table does not obey the schema; nothing is written.
+        ServiceError: if the disk is full.
+    """
+    changed = write_bytes_atomic(path, parquet_bytes(conform(table, dataset)))
+    logger.debug("%s %s (%d rows)", "Wrote" if changed else "Unchanged:", path, table.num_rows)
+    return changed
+
+
+def read_table(path: "UPath | Path", dataset: Dataset) -> pa.Table | None:
+    """Read one Parquet file of a dataset.
+
+    Args:
+        path: the file, see `partition_file`.
+        dataset: what it must obey.
+
+    Returns:
+        Table of exactly `dataset.schema`, None if there is no such file.
+
+    Raises:
+        DataError: if the file is not Parquet, or lacks columns of the schema.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        # Opened by us: given a name, pyarrow would add the hive columns of its folders.
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file).read()
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path} is not a Parquet file ({error}): delete it and materialise it again."
+        ) from error
+    missing = [name for name in dataset.schema.names if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} lacks the columns {missing}: materialise it again with this version.")
+    try:
+        return table.select(dataset.schema.names).cast(dataset.schema)
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DataError(f"{path} does not obey its schema ({error}): materialise it again.") from error
+
+
+def summarise(table: pa.Table) -> dict[str, int]:
+    """Count rows by status and reason.
+
+    Args:
+        table: rows of any dataset; without a `status` column only the rows are counted.
+
+    Returns:
+        `rows`, each status (also those that no row has), and `status/reason` for each pair that occurs.
+    """
+    counts = {"rows": table.num_rows}
+    if "status" not in table.column_names:
+        return counts
+    counts.update(dict.fromkeys(STATUSES, 0))
+    grouped = table.group_by(["status", "reason"]).aggregate([([], "count_all")]).to_pylist()
+    for row in sorted(grouped, key=lambda row: (row["status"], row["reason"] or "")):
+        counts[row["status"]] = counts.get(row["status"], 0) + row["count_all"]
+        if row["reason"] is not None:
+            counts[f"{row['status']}/{row['reason']}"] = row["count_all"]
+    return counts
+
+
+def connect(root: "UPath | Path") -> "DuckDBPyConnection":
+    """Open DuckDB, in memory, with one view for each dataset of a storage root.
+
+    Views read the Parquet files as they lie; hive partition columns are strings. A dataset without files is
+    an empty view with its columns.
+
+    Args:
+        root: storage root, local or on any fsspec file system.
+
+    Returns:
+        A DuckDB connection; close it.
+    """
+    import duckdb
+
+    connection = duckdb.connect(":memory:")
+    # Progress bars and local time zones do not belong into results.
+    connection.execute("SET TimeZone = 'UTC'")
+    local = is_local(root)
+    base = str(Path(str(root)).absolute()) if local else str(root).rstrip("/")
+    if not local:
+        connection.register_filesystem(cast("UPath", root).fs)
+    for dataset in DATASETS.values():
+        name, depth = dataset.name, len(dataset.partitions)
+        pattern = "/".join([name, *["*"] * depth, f"{name}.parquet"])
+        if next(iter(root.glob(pattern)), None) is None:
+            fields = [*dataset.schema, *(pa.field(column, pa.string()) for column in dataset.partitions)]
+            connection.register(name, pa.schema(fields).empty_table())
+            continue
+        hive = ", ".join(f"{_quoted(column)}: VARCHAR" for column in dataset.partitions)
+        types = f", hive_types = {{{hive}}}" if hive else ""
+        source = f"{base}/{pattern}".replace("'", "''")
+        connection.execute(
+            f"CREATE VIEW {_quoted(name)} AS SELECT * FROM read_parquet("
+            f"'{source}', hive_partitioning = {str(bool(hive)).lower()}{types})"
+        )
+    return connection
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def columns(table: pa.Table, *names: str) -> tuple[Any, ...]:
+    """Columns of a table as NumPy arrays.
+
+    Args:
+        table: any table.
+        *names: columns.
+
+    Returns:
+        One array each: numbers in their own dtype, timestamps as datetime64 (nulls NaT), strings as object.
+    """
+    return tuple(table.column(name).combine_chunks().to_numpy(zero_copy_only=False) for name in names)

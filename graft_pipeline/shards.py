@@ -1,0 +1,174 @@
+"""Tar shards: how images and chips lie in storage, byte-deterministic and readable as WebDataset.
+
+Which rows point into a shard is kept by ground_images.py and chips.py.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
+
+from graft_pipeline.errors import DataError
+from graft_pipeline.manifests import atomic_local_file, is_local
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """Where one member lies; the columns of `schemas._stored_item`.
+
+    Attributes:
+        shard: file name of the shard.
+        offset: byte offset of the content in the shard.
+        size_bytes: length of the content.
+        sha256: its SHA-256, hexadecimal.
+    """
+
+    shard: str
+    offset: int
+    size_bytes: int
+    sha256: str
+
+
+def shard_name(stem: str, number: int) -> str:
+    """File name of a numbered shard, e.g. `chips-00003.tar`.
+
+    Args:
+        stem: `chips` or `images`.
+        number: from 0.
+
+    Returns:
+        The name.
+    """
+    return f"{stem}-{number:05d}.tar"
+
+
+def next_shard_number(stem: str, shards: Iterable[str | None]) -> int:
+    """Number of the first shard that no row of an index points into.
+
+    A shard beyond it was written by a process that died before its index: it is overwritten.
+
+    Args:
+        stem: `chips` or `images`.
+        shards: the index's `shard` column.
+
+    Returns:
+        The number, from 0.
+    """
+    pattern = re.compile(re.escape(stem) + r"-(\d+)\.tar")
+    numbers = [int(match[1]) for name in set(shards) if name and (match := pattern.fullmatch(name))]
+    return max(numbers, default=-1) + 1
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name, whole, when the `with` block ends well.
+
+    Members are written as they come, not held in memory. Same members, same bytes.
+    """
+
+    def __init__(self, folder: "UPath | Path", name: str) -> None:
+        self._path = folder / name
+        self._name = name
+        self._stack = ExitStack()
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        # On an object store the shard is first whole on the local disk, then put in one go.
+        if is_local(self._path):
+            self._partial = self._stack.enter_context(atomic_local_file(self._path))
+        else:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+            self._partial = Path(folder) / self._name
+        file = self._partial.open("xb")
+        self._stack.callback(file.close)
+        self._file: BinaryIO = cast(BinaryIO, file)
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(self, name: str, content: bytes) -> StoredItem:
+        """Append a member.
+
+        Args:
+            name: `{id}.{extension}`; an id without dots, as WebDataset cuts names at the first.
+            content: the member's bytes.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            DataError: if the name would break the archive or leave its folder.
+        """
+        if _MEMBER_NAME.fullmatch(name) is None:
+            raise DataError(
+                f"{name!r} cannot name a shard's member: use letters, digits, - and _, one extension."
+            )
+        info = tarfile.TarInfo(name)
+        # Whatever TarInfo fills in otherwise differs between machines: mtime, owner and mode are fixed.
+        info.size, info.mtime, info.mode = len(content), 0, 0o644
+        header = self._tar.offset
+        self._tar.addfile(info, BytesIO(content))
+        offset = header + tarfile.BLOCKSIZE
+        return StoredItem(self._name, offset, len(content), hashlib.sha256(content).hexdigest())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if not is_local(self._path):
+                path = cast("UPath", self._path)
+                path.fs.put_file(str(self._partial), path.path)
+
+
+def read_member(folder: "UPath | Path", shard: str, offset: int, size_bytes: int) -> bytes:
+    """Read one member's content by its place, without reading the rest of the shard.
+
+    Args:
+        folder: folder of the shard.
+        shard: its file name.
+        offset: byte offset of the content.
+        size_bytes: its length.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: if the shard is missing or too short.
+    """
+    path = folder / shard
+    try:
+        if is_local(path):
+            with Path(str(path)).open("rb") as file:
+                file.seek(offset)
+                content = file.read(size_bytes)
+        else:
+            remote = cast("UPath", path)
+            content = remote.fs.cat_file(remote.path, start=offset, end=offset + size_bytes)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"Shard {path} is missing: restore it, or delete its index and materialise again."
+        ) from error
+    if len(content) != size_bytes:
+        raise DataError(
+            f"Shard {path} ends {size_bytes - len(content)} bytes early: restore it, "
+            "or delete its index and materialise again."
+        )
+    return bytes(content)
