@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -47,7 +48,7 @@ class UnreachableError(ConnectionError):
 
 
 class BrokenBodyError(ConnectionError):
-    """The answer ended before its announced length, or cannot be decoded."""
+    """The answer broke off after its headers, ended before its announced length, or cannot be decoded."""
 
 
 class BodyTooLargeError(Exception):
@@ -103,13 +104,14 @@ class _PublicPeer:
     cannot pass it. A connection through a configured proxy is the proxy's to judge.
     """
 
-    def connect(self) -> None:
-        super().connect()
-        if self.proxy is None:
-            peer = self.sock.getpeername()[0]
-            if not ipaddress.ip_address(peer.partition("%")[0]).is_global:
-                self.close()
-                raise urllib3.exceptions.NewConnectionError(self, f"{peer} is not a public address")
+    def _new_conn(self) -> socket.socket:
+        # The hook that urllib3's own SOCKS support uses: connected, nothing sent yet, not even a TLS hello.
+        connected = super()._new_conn()
+        peer = connected.getpeername()[0]
+        if self.proxy is None and not ipaddress.ip_address(peer.partition("%")[0]).is_global:
+            connected.close()
+            raise urllib3.exceptions.NewConnectionError(self, f"{peer} is not a public address")
+        return connected
 
 
 class _PublicHTTPConnection(_PublicPeer, urllib3.connection.HTTPConnection):
@@ -139,6 +141,9 @@ class HttpPool:
         timeout_s: limit of one connect, and of each wait for bytes.
         deadline_s: limit of a whole answer; three timeouts unless given.
         public_only: refuse hosts that resolve to private addresses.
+
+    Attributes:
+        requests: requests sent so far.
     """
 
     def __init__(
@@ -155,6 +160,7 @@ class HttpPool:
         self._public_only = public_only
         self._lock = threading.Lock()
         self._managers: dict[str | None, urllib3.PoolManager] = {}
+        self.requests = 0
 
     def request(
         self,
@@ -180,7 +186,7 @@ class HttpPool:
         Raises:
             UnreachableError: if no connection came about.
             TimeoutError: if the server stays silent, or needs longer than the deadline.
-            BrokenBodyError: if the connection broke, or the body is shorter than announced.
+            ConnectionError: if the connection broke; a `BrokenBodyError` if headers had come.
             BodyTooLargeError: if the body exceeds `max_bytes`.
         """
         started = time.monotonic()
@@ -196,7 +202,7 @@ class HttpPool:
                 preload_content=False,
             )
         except urllib3.exceptions.HTTPError as error:
-            raise _as_builtin(error) from error
+            raise _as_builtin(error, ConnectionError) from error
         try:
             announced = response.headers.get("content-length", "")
             if announced.isdigit() and int(announced) > max_bytes:
@@ -211,7 +217,7 @@ class HttpPool:
                     raise TimeoutError(f"no complete answer within {self._deadline_s:g} s")
         except urllib3.exceptions.HTTPError as error:
             response.close()
-            raise _as_builtin(error) from error
+            raise _as_builtin(error, BrokenBodyError) from error
         except (BodyTooLargeError, TimeoutError):
             response.close()
             raise
@@ -236,6 +242,7 @@ class HttpPool:
         parts = urlsplit(url)
         proxy = _proxy_of(parts.scheme, parts.netloc)
         with self._lock:
+            self.requests += 1
             manager = self._managers.get(proxy)
             if manager is None:
                 options = {
@@ -260,7 +267,7 @@ def _proxy_of(scheme: str, netloc: str) -> str | None:
     return requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
 
 
-def _as_builtin(error: urllib3.exceptions.HTTPError) -> Exception:
+def _as_builtin(error: urllib3.exceptions.HTTPError, broken: type[ConnectionError]) -> Exception:
     """Translate to errors that googleapiclient and our own clients classify; the text names no header."""
     cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason else error
     if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
@@ -275,7 +282,7 @@ def _as_builtin(error: urllib3.exceptions.HTTPError) -> Exception:
     if isinstance(cause, unreachable):
         # "<HTTPSConnection at 0x...>: Failed to ..." without its address in memory.
         return UnreachableError(re.sub(r"^\S*\(.*?\): ", "", str(cause)) or type(cause).__name__)
-    return BrokenBodyError(f"{type(cause).__name__}: {cause}")
+    return broken(f"{type(cause).__name__}: {cause}")
 
 
 def parse_retry_after(value: str | None) -> float | None:

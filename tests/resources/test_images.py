@@ -1,0 +1,369 @@
+import hashlib
+import io
+import threading
+
+import numpy as np
+import pytest
+import tenacity
+from PIL import Image, ImageDraw
+
+from graft_pipeline.errors import ItemError, ServiceError
+from graft_pipeline.settings import Settings
+from resources import images
+from resources.http import Retries
+from resources.images import ImageFetcher, encode
+
+URL = "https://live.staticflickr.com/65535/123_abc_n.jpg"
+
+
+def picture(width=320, height=240, seed=0):
+    """A smooth RGB picture with a bright upper left corner."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 200, (6, 8, 3), dtype=np.uint8))
+    image = small.resize((width, height), Image.Resampling.BICUBIC)
+    ImageDraw.Draw(image).rectangle((0, 0, width // 4, height // 4), fill="white")
+    return image
+
+
+def file_of(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def fetcher(url=None, attempts=3, **options):
+    options = {"retries": Retries(attempts=attempts, wait=tenacity.wait_none()), "timeout_s": 0.5, **options}
+    return ImageFetcher(static_url=url, **options)
+
+
+def decoded(image):
+    opened = Image.open(io.BytesIO(image.content))
+    opened.load()
+    assert (opened.format, opened.mode) == ("JPEG", "RGB")
+    assert (opened.width, opened.height) == (image.width_px, image.height_px)
+    return opened
+
+
+# --- what becomes of an image's bytes ---
+
+
+def test_small_jpeg_is_kept_byte_for_byte():
+    content = file_of(picture())
+    image = encode(content)
+    assert image.content == content
+    assert (image.width_px, image.height_px) == (320, 240)
+    assert len(image.phash) == 16
+    int(image.phash, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "stored"), [((1024, 768), (341, 256)), ((600, 900), (256, 384)), ((257, 300), (256, 299))]
+)
+def test_larger_images_are_reduced_to_the_shorter_side(size, stored):
+    image = encode(file_of(picture(*size)))
+    assert decoded(image).size == stored
+
+
+def test_reduction_is_deterministic_and_keeps_the_hash():
+    content = file_of(picture(1600, 1200), quality=95)
+    assert encode(content) == encode(content)
+    small = encode(file_of(picture(1600, 1200).resize((341, 256), Image.Resampling.LANCZOS)))
+    bits = int(encode(content).phash, 16) ^ int(small.phash, 16)
+    assert bits.bit_count() <= 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"),
+        ("1", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP"), ("RGBA", "WEBP"), ("P", "GIF"), ("L", "GIF"),
+    ],
+)  # fmt: skip
+def test_every_mode_becomes_rgb(mode, kind):
+    source = picture()
+    if mode == "I;16":
+        converted = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+    else:
+        converted = source.convert(mode)
+    stored = np.asarray(decoded(encode(file_of(converted, kind))).convert("L"), dtype=float)
+    wanted = np.asarray(source.convert("L"), dtype=float)
+    if mode != "1":
+        assert np.abs(stored - wanted).mean() < 12
+
+
+def test_transparent_parts_become_white():
+    image = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    assert np.asarray(decoded(encode(file_of(image, "PNG")))).min() > 250
+    palette = picture().quantize(8)
+    unseen = np.asarray(palette) == 3
+    stored = np.asarray(decoded(encode(file_of(palette, "PNG", transparency=3))))
+    assert unseen.any()
+    assert np.median(stored[unseen]) > 250
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_stored_upright(orientation):
+    upright = picture(320, 200)
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = upright if back is None else upright.transpose(Image.Transpose(back))
+    stored = decoded(encode(file_of(turned, exif=exif, quality=95)))
+    assert stored.size == upright.size
+    assert np.abs(np.asarray(stored, dtype=float) - np.asarray(upright, dtype=float)).mean() < 6
+    assert stored.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("value", [b"Exif\0\0broken", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_senseless_exif_is_ignored(value):
+    assert encode(file_of(picture(), exif=value)).width_px == 320
+
+
+def test_swollen_file_is_not_kept():
+    content = file_of(picture())[:-2] + b"\xff\xfe\xff\xff" + bytes(65533)
+    content += b"\xff\xfe\xff\xff" + bytes(65533) + b"\xff\xfe\xff\xff" + bytes(65533)
+    content += b"\xff\xfe\xff\xff" + bytes(65533) + b"\xff\xd9"
+    assert len(encode(content).content) < 65_000
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}])
+@pytest.mark.parametrize("size", [(320, 240), (900, 700)])
+def test_no_cut_jpeg_passes(options, size):
+    content = file_of(picture(*size), **options)
+    for length in [1, 2, 3, 10, 100, *range(200, len(content), max(1, len(content) // 40)), len(content) - 1]:
+        with pytest.raises(ItemError) as caught:
+            encode(content[:length])
+        assert (caught.value.reason, caught.value.is_permanent) in (
+            ("truncated", False),
+            ("not_an_image", True),
+        )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_no_cut_file_passes(kind):
+    content = file_of(picture(), kind)
+    for length in [12, *range(30, len(content) - 12, max(1, len(content) // 40))]:
+        with pytest.raises(ItemError):
+            encode(content[:length])
+
+
+def test_multi_picture_jpeg_is_a_still_photo():
+    content = file_of(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert decoded(encode(content)).size == (320, 240)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_animations_are_rejected(kind):
+    content = file_of(picture(), kind, save_all=True, append_images=[picture(seed=1)], duration=100)
+    with pytest.raises(ItemError) as caught:
+        encode(content)
+    assert (caught.value.reason, caught.value.is_permanent) == ("animated", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "is_permanent"),
+    [
+        (b"", "truncated", False),
+        (b"<!DOCTYPE html><html>busy</html>", "not_an_image", False),
+        (b"  <html>", "not_an_image", False),
+        (b"%PDF-1.7 text", "not_an_image", True),
+        (bytes(1000), "not_an_image", True),
+        (b"\xff\xd8\xff", "truncated", False),
+        (b"GIF89a", "truncated", False),
+        (file_of(picture(), "BMP"), "not_an_image", True),
+        (file_of(picture(), "TIFF"), "not_an_image", True),
+        (file_of(Image.new("RGB", (1, 1)), "GIF"), "too_small", True),
+        (file_of(Image.new("RGB", (4000, 20))), "too_small", True),
+    ],
+)
+def test_what_is_no_photo(content, reason, is_permanent):
+    with pytest.raises(ItemError) as caught:
+        encode(content)
+    assert (caught.value.reason, caught.value.is_permanent) == (reason, is_permanent)
+
+
+@pytest.mark.parametrize("size", [(7100, 7100), (20000, 20000)])
+def test_pixel_bomb_is_rejected_by_its_header(size):
+    """Only the header says so: decoding would fail with `truncated`."""
+    import struct
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    content += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(ItemError) as caught:
+        encode(content)
+    assert caught.value.reason == "too_large"
+
+
+# --- how bytes are fetched ---
+
+
+def test_static_url_stands_in_for_flickrs_hosts(scripted, reply):
+    content = file_of(picture())
+    server = scripted(lambda request: reply(content, headers={"Content-Type": "image/jpeg"}))
+    photos = fetcher(server.url + "/static")
+    assert photos.fetch(URL).content == content
+    assert server.requests[0].path == "/static/65535/123_abc_n.jpg"
+    assert photos.requests == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://live.staticflickr.com/1.jpg",
+        "https://example.com/1.jpg",
+        "https://staticflickr.com.example.com/1.jpg",
+        "https://user@live.staticflickr.com/1.jpg",
+        "https://live.staticflickr.com:8080/1.jpg",
+        "https://live.staticflickr.com:no/1.jpg",
+        "https://127.0.0.1/1.jpg",
+        "file:///etc/passwd",
+        "//live.staticflickr.com/1.jpg",
+        "",
+    ],
+)
+@pytest.mark.parametrize("static_url", [None, "http://127.0.0.1:1/static"])
+def test_only_flickrs_hosts_are_asked(url, static_url):
+    photos = fetcher(static_url)
+    with pytest.raises(ItemError) as caught:
+        photos.fetch(url)
+    assert (caught.value.reason, caught.value.is_permanent) == ("url_not_allowed", True)
+    assert photos.requests == 0
+
+
+GOOD = file_of(picture())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"status": 429, "headers": {"Retry-After": "0"}},
+        {"status": 503},
+        {"body": GOOD[:500], "announced": len(GOOD)},
+        {"body": GOOD[:500], "announced": -1},
+        {"body": b""},
+        {"body": b"<html>busy</html>"},
+        {"hangs": True},
+    ],
+)
+def test_passing_trouble_is_retried(scripted, reply, bad):
+    answers = iter([reply(**bad), reply(GOOD)])
+    server = scripted(lambda request: next(answers))
+    assert fetcher(server.url).fetch(URL).content == GOOD
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "is_permanent", "requests"),
+    [
+        ({"status": 404}, "gone", True, 1),
+        ({"status": 410}, "gone", True, 1),
+        ({"status": 403}, "forbidden", False, 1),
+        ({"status": 400}, "refused", True, 1),
+        ({"status": 429}, "rate_limited", False, 3),
+        ({"status": 500}, "unavailable", False, 3),
+        ({"hangs": True}, "timeout", False, 3),
+        ({"body": GOOD[:500], "announced": len(GOOD)}, "truncated", False, 3),
+        ({"body": GOOD[:500]}, "truncated", False, 2),
+        ({"body": b"<html></html>"}, "not_an_image", False, 2),
+        ({"body": b"text"}, "not_an_image", True, 1),
+        ({"status": 302, "headers": {"Location": "/images/photo_unavailable.png"}}, "gone", True, 1),
+        (
+            {"status": 302, "headers": {"Location": "https://s.yimg.com/pw/photo_unavailable.png"}},
+            "gone",
+            True,
+            1,
+        ),
+        ({"status": 302, "headers": {"Location": "http://169.254.169.254/secret"}}, "redirected", False, 1),
+        ({"status": 302, "headers": {"Location": "file:///etc/passwd"}}, "redirected", False, 1),
+        ({"status": 302}, "redirected", False, 4),
+    ],
+)
+def test_lasting_trouble_is_an_error_of_the_item(scripted, reply, bad, reason, is_permanent, requests):
+    server = scripted(lambda request: reply(**bad))
+    with pytest.raises(ItemError) as caught:
+        fetcher(server.url, timeout_s=0.15).fetch(URL)
+    assert (caught.value.reason, caught.value.is_permanent) == (reason, is_permanent)
+    assert len(server.requests) == requests
+
+
+def test_redirects_within_flickrs_hosts_are_followed(scripted, reply):
+    def respond(request):
+        if request.path == "/static/new.jpg":
+            return reply(GOOD)
+        if request.path == "/static/half.jpg":
+            return reply(status=302, headers={"Location": "https://farm1.staticflickr.com/new.jpg"})
+        return reply(status=301, headers={"Location": "half.jpg"})
+
+    server = scripted(respond)
+    assert fetcher(server.url + "/static").fetch("https://live.staticflickr.com/old.jpg").content == GOOD
+
+
+@pytest.mark.parametrize("announced", [None, -1])
+def test_huge_file_is_not_read(scripted, reply, announced, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 10_000)
+    server = scripted(lambda request: reply(bytes(500_000), announced=announced))
+    with pytest.raises(ItemError) as caught:
+        fetcher(server.url).fetch(URL)
+    assert (caught.value.reason, caught.value.is_permanent) == ("too_large", True)
+
+
+def test_unreachable_host_ends_the_run(free_url):
+    with pytest.raises(ServiceError, match=free_url.removeprefix("http://") + ".*run again"):
+        fetcher(free_url).fetch(URL)
+
+
+def test_host_that_fails_for_every_photo_ends_the_run(scripted, reply):
+    server = scripted(lambda request: reply(status=503))
+    photos = fetcher(server.url, attempts=1, concurrency=1)
+    for _ in range(19):
+        with pytest.raises(ItemError):
+            photos.fetch(URL)
+    with pytest.raises(ServiceError, match="20 items in a row"):
+        photos.fetch(URL)
+
+
+def test_real_host_at_a_private_address_is_refused(monkeypatch):
+    """DNS that points Flickr's host into the own network (here: everything to loopback) does not help."""
+    import socket
+
+    real = socket.getaddrinfo
+    with socket.create_server(("127.0.0.1", 0)) as inside:
+        port = inside.getsockname()[1]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, _port, *rest: real("127.0.0.1", port, *rest))
+        with pytest.raises(ServiceError, match="not a public address"):
+            fetcher(attempts=1).fetch(URL)
+
+
+def test_many_threads_share_a_fetcher(scripted, reply):
+    contents = [file_of(picture(seed=seed)) for seed in range(8)]
+    server = scripted(lambda request: reply(contents[int(request.path[1:-4])]))
+    photos = fetcher(server.url, concurrency=8)
+    found: dict[int, str] = {}
+
+    def work(start):
+        for number in range(start, 64, 8):
+            image = photos.fetch(f"https://live.staticflickr.com/{number % 8}.jpg")
+            found[number] = hashlib.sha256(image.content).hexdigest()
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: hashlib.sha256(contents[number % 8]).hexdigest() for number in range(64)}
+    assert photos.requests == 64
+
+
+def test_settings_name_everything(scripted, reply):
+    server = scripted(lambda request: reply(GOOD))
+    settings = Settings(world="planet", flickr_static_url=server.url + "/here/", image_concurrency=3)
+    photos = ImageFetcher.from_settings(settings)
+    photos.fetch(URL)
+    assert photos.concurrency == 3
+    assert server.requests[0].path == "/here/65535/123_abc_n.jpg"
+    photos.close()
+    assert "here" in repr(photos)
