@@ -1,0 +1,197 @@
+"""The planet as its servers see it: land cover, both sensors' pixels, photos.
+
+How land, pixels and photos are made is in the modules beside this one; protocols and scenes are the servers'.
+"""
+
+from collections.abc import Callable
+from datetime import date
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from graft_pipeline.geometry import Grid
+from resources.planet.frames import Axes, frame_of, from_plane, home_zone, is_at_home, middles, to_plane
+from resources.planet.landcover import CLASSES, PALETTE, Land
+from resources.planet.overhead import Painter
+
+NAIP_GSD_M = 1.0
+SENTINEL2_GSD_M = 10.0
+
+#: Nodes of the transformation between two zones, metres; bilinear in between, to a fraction of a millimetre.
+_WARP_M = 64.0
+#: Native pixels that a resampled request may touch at once.
+_MAX_WINDOW_PX = 4_000_000
+
+
+class World:
+    """One planet: a pure function of its seed. Safe to share between threads.
+
+    A pixel's value depends on its place alone, never on the request that it is part of: overlapping requests agree
+    bit for bit. Grids that lie in the home zone of their ground (frames.py) are painted directly, others take the
+    nearest native pixel of the home zone.
+
+    Attributes:
+        seed: the seed.
+        classes: names of the land-cover classes, in order of their ids.
+        palette: (12, 3) uint8 RGB of the classes on maps.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = int(seed)
+        self.classes = CLASSES
+        self.palette = PALETTE
+        self._painter = Painter(self.seed)
+        self._land = lru_cache(maxsize=120)(lambda zone: Land(self.seed, zone))
+
+    # --- land ---
+
+    def land_cover(self, grid: Grid) -> NDArray[np.uint8]:
+        """Land cover of the pixels' middles.
+
+        Args:
+            grid: in any UTM zone, any pixel size.
+
+        Returns:
+            (H, W) uint8 indices into `classes`.
+
+        Raises:
+            InputError: if the grid's CRS is no UTM zone.
+        """
+        zone, _ = frame_of(grid.epsg)
+        x, y = middles(grid)
+        if is_at_home(grid):
+            return self._land(zone).cover(Axes(x, y, grid.gsd_m)).classes
+        lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
+        return self.land_cover_at(lon, lat).reshape(grid.height_px, grid.width_px)
+
+    def land_cover_at(self, lon_deg: ArrayLike, lat_deg: ArrayLike) -> NDArray[np.uint8]:
+        """Land cover of places.
+
+        Args:
+            lon_deg: (N,) longitudes, EPSG:4326.
+            lat_deg: (N,) latitudes, EPSG:4326.
+
+        Returns:
+            (N,) uint8 indices into `classes`.
+        """
+        lon, lat = (
+            np.atleast_1d(np.asarray(lon_deg, np.float64)),
+            np.atleast_1d(np.asarray(lat_deg, np.float64)),
+        )
+        zones = home_zone(lon)
+        classes = np.empty(len(lon), np.uint8)
+        for zone in np.unique(zones):
+            here = np.flatnonzero(zones == zone)
+            x, y = to_plane(int(zone), lon[here], lat[here])
+            classes[here] = self._land(int(zone)).classes_at(x, y)
+        return classes
+
+    # --- pixels ---
+
+    def render_naip(self, grid: Grid, year: int, scene_key: int) -> NDArray[np.uint8]:
+        """NAIP pixels: native 1 m ones, or for other grids the native pixels nearest to their middles.
+
+        Args:
+            grid: in any UTM zone (EPSG:269zz as NAIP's own, 326zz, 327zz).
+            year: year of the flight.
+            scene_key: number of the scene.
+
+        Returns:
+            (4, H, W) uint8 R, G, B, near infrared; never 0.
+
+        Raises:
+            InputError: if the grid's CRS is no UTM zone.
+        """
+
+        def paint(zone: int, axes: Axes) -> NDArray[np.uint8]:
+            return self._painter.naip(zone, self._land(zone), axes, year, scene_key)
+
+        return self._render(grid, NAIP_GSD_M, paint, np.empty((4, grid.height_px, grid.width_px), np.uint8))
+
+    def render_sentinel2(self, grid: Grid, day: date, scene_key: int, cloud_pct: float) -> NDArray[np.uint16]:
+        """Sentinel-2 surface reflectance: native 10 m pixels, or those nearest to the middles of other grids.
+
+        Args:
+            grid: in any UTM zone.
+            day: date of the acquisition.
+            scene_key: number of the scene.
+            cloud_pct: share of clouded pixels of the whole scene, percent.
+
+        Returns:
+            (4, H, W) uint16, reflectance times 10,000 of B2, B3, B4, B8; never 0.
+
+        Raises:
+            InputError: if the grid's CRS is no UTM zone.
+        """
+
+        def paint(zone: int, axes: Axes) -> NDArray[np.uint16]:
+            return self._painter.sentinel2(zone, self._land(zone), axes, day, scene_key, cloud_pct)
+
+        return self._render(
+            grid, SENTINEL2_GSD_M, paint, np.empty((4, grid.height_px, grid.width_px), np.uint16)
+        )
+
+    def cloud_mask(self, grid: Grid, scene_key: int, cloud_pct: float) -> NDArray[np.bool_]:
+        """Which pixels the clouds of a Sentinel-2 scene hide.
+
+        Args:
+            grid: in any UTM zone.
+            scene_key: number of the scene.
+            cloud_pct: share of clouded pixels of the whole scene, percent.
+
+        Returns:
+            (H, W) bool.
+        """
+
+        def paint(zone: int, axes: Axes) -> NDArray[np.bool_]:
+            return self._painter.cloud_mask(axes, scene_key, cloud_pct)[None]
+
+        return self._render(grid, SENTINEL2_GSD_M, paint, np.empty((1, grid.height_px, grid.width_px), bool))[
+            0
+        ]
+
+    def _render(
+        self, grid: Grid, native_m: float, paint: Callable[[int, Axes], NDArray], out: NDArray
+    ) -> NDArray:
+        zone, _ = frame_of(grid.epsg)
+        if is_at_home(grid):
+            x, y = middles(grid)
+            columns, rows = np.floor(x / native_m).astype(np.int64), np.floor(-y / native_m).astype(np.int64)
+            return paint(zone, Axes.of_cells(columns, rows, native_m))
+        self._resample(grid, native_m, paint, out)
+        return out
+
+    def _resample(
+        self, grid: Grid, native_m: float, paint: Callable[[int, Axes], NDArray], out: NDArray
+    ) -> None:
+        zone, _ = frame_of(grid.epsg)
+        x, y = middles(grid)
+        lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
+        zones = home_zone(lon)
+        flat = out.reshape(len(out), -1)
+        for home in np.unique(zones):
+            pixels = np.flatnonzero(zones == home)
+            home_x, home_y = to_plane(int(home), lon[pixels], lat[pixels])
+            columns = np.floor(home_x / native_m).astype(np.int64)
+            rows = np.floor(-home_y / native_m).astype(np.int64)
+            # Requests of coarse pixels touch much ground: in strips that keep each window small.
+            for some in self._strips(columns, rows):
+                c0, r0 = columns[some].min(), rows[some].min()
+                window = Axes.of_cells(
+                    np.arange(c0, columns[some].max() + 1), np.arange(r0, rows[some].max() + 1), native_m
+                )
+                flat[:, pixels[some]] = paint(int(home), window)[:, rows[some] - r0, columns[some] - c0]
+
+    def _strips(self, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        waiting, strips = [np.arange(len(columns))], []
+        while waiting:
+            some = waiting.pop()
+            wide, high = np.ptp(columns[some]) + 1, np.ptp(rows[some]) + 1
+            if wide * high <= _MAX_WINDOW_PX or len(some) == 1:
+                strips.append(some)
+                continue
+            axis = columns if wide >= high else rows
+            middle = (axis[some].min() + axis[some].max()) // 2
+            waiting += [some[axis[some] <= middle], some[axis[some] > middle]]
+        return strips
