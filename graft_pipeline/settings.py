@@ -96,6 +96,11 @@ class Settings(BaseSettings):
     scene_checkpoint: Path | None = None
     outdoor_threshold: float = Field(0.5, ge=0, le=1)
 
+    #: Training recipe; unset: the paper's in production, the small one on the planet. `smoke` only tests machinery.
+    recipe: Literal["paper", "planet", "smoke"] | None = None
+    #: West, south, east, north of ground that is only evaluated on; on the planet.
+    benchmark_bounds: tuple[float, float, float, float] = (-71.0, 43.0, -69.5, 44.0)
+
     # --- pairs ---
     sensors: tuple[SensorSettings, ...] = ()
     photos_per_tile: int = Field(25, gt=0)
@@ -133,6 +138,11 @@ class Settings(BaseSettings):
     def is_planet(self) -> bool:
         """Whether this deployment talks to the embedded planet."""
         return self.world == "planet" or (self.world is None and self.flickr_key is None)
+
+    @property
+    def training_recipe(self) -> str:
+        """Name of the recipe that training assets use (training/recipes.py)."""
+        return self.recipe or ("planet" if self.is_planet else "paper")
 
     @cached_property
     def sensor_records(self) -> dict[str, Sensor]:

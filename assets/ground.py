@@ -1,0 +1,187 @@
+"""The ground half of a region: where Flickr is searched, its photos, their images, embeddings and outdoor scores.
+
+Rules for photos are in graft_pipeline.photos and .ground_images; the clients in resources.
+"""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+import numpy as np
+
+from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from graft_pipeline import areas, embeddings, ground_images, photos, previews, sampling, schemas, sheets
+from graft_pipeline.partitions import REGION_PARTITIONS
+from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
+from graft_pipeline.regions import Region
+from graft_pipeline.settings import Settings
+from resources.flickr import FlickrClient
+from resources.foundation import FoundationModel
+from resources.images import ImageFetcher
+from resources.scene_classifier import SceneClassifier
+from resources.storage import Storage
+
+#: A service that falters is tried again by the client; a step that fails all the same, twice more and later.
+RETRY = dg.RetryPolicy(max_retries=2, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+
+
+def ground_asset(dataset: schemas.Dataset, **options):  # noqa: ANN003, ANN201
+    """An asset of the `ground` group, partitioned by region, whose table is `dataset`."""
+    return dg.asset(
+        name=dataset.name,
+        group_name="ground",
+        owners=OWNERS,
+        partitions_def=REGION_PARTITIONS,
+        backfill_policy=dg.BackfillPolicy.multi_run(),
+        metadata={"dagster/column_schema": table_schema(dataset)},
+        check_specs=check_specs([dataset.name]),
+        **options,
+    )
+
+
+class FlickrPhotosConfig(dg.Config):
+    """What a single run may ask of `flickr_photos`."""
+
+    #: Ask for everything again instead of what was uploaded since the watermark.
+    full_refresh: bool = False
+
+
+@ground_asset(schemas.SEARCH_LOCATIONS, deps=["regions"], code_version=code_version(sampling), kinds={"parquet"})
+def search_locations(
+    context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
+) -> dg.MaterializeResult:
+    """Points sampled uniformly on the ground of the region that registered areas cover."""
+    region = Region.parse(context.partition_key, world.grid_deg)
+    table = sampling.sample_locations(
+        region,
+        areas.union(areas.list_areas(storage.areas_folder)),
+        world.search_locations_per_region,
+        world.search_radius_km,
+        world.seed,
+    )
+    changed = storage.write(schemas.SEARCH_LOCATIONS, table, region=region.key)
+    where = {"search locations": (table["lon_deg"].to_numpy(), table["lat_deg"].to_numpy())}
+    picture = previews.scatter_map(where, title=f"Search locations of {region.key}", bounds=region.bounds)
+    return report_table(schemas.SEARCH_LOCATIONS, table, changed=changed, picture=picture)
+
+
+@ground_asset(
+    schemas.FLICKR_PHOTOS,
+    deps=[search_locations, dg.AssetKey(["flickr", "photos_search"])],
+    code_version=code_version(photos),
+    kinds={"parquet", "flickr"},
+    pool="flickr",
+    retry_policy=RETRY,
+)
+def flickr_photos(
+    context: dg.AssetExecutionContext,
+    config: FlickrPhotosConfig,
+    world: dg.ResourceParam[Settings],
+    storage: dg.ResourceParam[Storage],
+    flickr: dg.ResourceParam[FlickrClient],
+    progress: dg.ResourceParam[Progress],
+) -> dg.MaterializeResult:
+    """Metadata of the geotagged photos around the search locations, unique by photo_id; only what is new is asked."""
+    region = Region.parse(context.partition_key, world.grid_deg)
+    known = storage.read(schemas.FLICKR_PHOTOS, region=region.key)
+    locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
+    since = photos.search_from(known, world.uploaded_from, full_refresh=config.full_refresh)
+    calls = flickr.calls
+    raw = photos.search_all(
+        locations, flickr.search, since, datetime.now(UTC), progress.task(f"{region.key} Flickr search")
+    )
+    found = photos.photo_rows(raw, region)
+    table = photos.merge_photos(known, found.table)
+    changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
+    where = photos.by_status(table)
+    return report_table(
+        schemas.FLICKR_PHOTOS,
+        table,
+        changed=changed,
+        picture=previews.scatter_map(where, title=f"Photos of {region.key}", bounds=region.bounds),
+        searched_from=since.isoformat(),
+        flickr_calls=flickr.calls - calls,
+        new_photos=table.num_rows - known.num_rows,
+        outside_region=found.outside_region,
+    )
+
+
+@ground_asset(
+    schemas.GROUND_IMAGES,
+    deps=[flickr_photos],
+    code_version=code_version(ground_images),
+    kinds={"webdataset"},
+    retry_policy=RETRY,
+)
+def ground_images_asset(
+    context: dg.AssetExecutionContext,
+    world: dg.ResourceParam[Settings],
+    storage: dg.ResourceParam[Storage],
+    images: dg.ResourceParam[ImageFetcher],
+    progress: dg.ResourceParam[Progress],
+) -> dg.MaterializeResult:
+    """Images of the usable photos in tar shards, verified, near-duplicates marked; failures are rows, tried again."""
+    key = context.partition_key
+    table, changed = ground_images.update(
+        storage.read(schemas.FLICKR_PHOTOS, region=key),
+        storage.folder(schemas.GROUND_IMAGES, region=key),
+        images.fetch,
+        concurrency=images.concurrency,
+        max_attempts=world.max_attempts,
+        progress=progress.task(f"{key} ground images"),
+    )
+    folder = storage.folder(schemas.GROUND_IMAGES, region=key)
+    picture = sheets.image_sheet(table, folder, seed=world.seed)
+    return report_table(schemas.GROUND_IMAGES, table, changed=changed, picture=picture)
+
+
+@ground_asset(
+    schemas.GROUND_EMBEDDINGS,
+    deps=[ground_images_asset, dg.AssetKey(["openclip", "foundation"])],
+    code_version=code_version(embeddings),
+    kinds={"parquet", "pytorch"},
+    pool="gpu",
+)
+def ground_embeddings(
+    context: dg.AssetExecutionContext,
+    storage: dg.ResourceParam[Storage],
+    foundation: dg.ResourceParam[FoundationModel],
+    progress: dg.ResourceParam[Progress],
+) -> dg.MaterializeResult:
+    """f_G of every stored ground image, computed once per foundation model."""
+    key = context.partition_key
+    table = embeddings.embed_photos(
+        storage.read(schemas.GROUND_IMAGES, region=key),
+        storage.read(schemas.GROUND_EMBEDDINGS, region=key),
+        storage.folder(schemas.GROUND_IMAGES, region=key),
+        foundation.embed_images,
+        foundation.model_id,
+        progress.task(f"{key} ground embeddings"),
+    )
+    changed = storage.write(schemas.GROUND_EMBEDDINGS, table, region=key)
+    return report_table(schemas.GROUND_EMBEDDINGS, table, changed=changed, foundation_model=foundation.name)
+
+
+@ground_asset(
+    schemas.OUTDOOR_PHOTOS, deps=[ground_embeddings], code_version=code_version(embeddings), kinds={"parquet"}
+)
+def outdoor_photos(
+    context: dg.AssetExecutionContext,
+    world: dg.ResourceParam[Settings],
+    storage: dg.ResourceParam[Storage],
+    scene_classifier: dg.ResourceParam[SceneClassifier],
+) -> dg.MaterializeResult:
+    """Score and decision of the indoor/outdoor classifier; nothing is deleted."""
+    key = context.partition_key
+    folder = storage.folder(schemas.GROUND_IMAGES, region=key)
+    images = storage.read(schemas.GROUND_IMAGES, region=key)
+    table = embeddings.score_outdoor(
+        storage.read(schemas.GROUND_EMBEDDINGS, region=key), images, folder, scene_classifier, world.outdoor_threshold
+    )
+    changed = storage.write(schemas.OUTDOOR_PHOTOS, table, region=key)
+    picture = sheets.outdoor_sheet(images, table, folder, seed=world.seed)
+    share = float(np.mean(table["is_outdoor"].to_numpy(zero_copy_only=False))) if table.num_rows else 0.0
+    return report_table(
+        schemas.OUTDOOR_PHOTOS, table, changed=changed, picture=picture, outdoor_share=share,
+        classifier=scene_classifier.classifier_id,
+    )

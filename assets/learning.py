@@ -1,0 +1,165 @@
+"""Training sets, satellite encoders and chip embeddings of a sensor.
+
+The learning itself is in training/ and runs without Dagster; scores are in assets/planet.py.
+"""
+
+import dagster as dg
+import pyarrow as pa
+
+from assets.external import FOUNDATION_KEY
+from assets.reporting import OWNERS, check_result, check_specs, report_table, table_schema
+from graft_pipeline import chips, embeddings, previews, rules, schemas, training_sets
+from graft_pipeline.imagery import Sensor
+from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
+from graft_pipeline.previews import to_markdown
+from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
+from graft_pipeline.settings import Settings
+from resources.foundation import FoundationModel
+from resources.storage import Storage
+
+
+def encoder_folder(storage: Storage, sensor: Sensor, level: str):  # noqa: ANN201
+    """Where a trained encoder lies: an open_clip folder."""
+    return storage.models_folder / f"sensor={sensor.name}" / f"{level}_encoder" / "encoder"
+
+
+def local_model(folder):  # noqa: ANN001, ANN201
+    """Load an open_clip folder of the storage as training.encoders.Clip."""
+    from training.encoders import load_clip
+
+    return load_clip(f"local-dir:{folder}")
+
+
+def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
+    """The learning assets of one sensor.
+
+    Args:
+        sensor: the sensor's record.
+
+    Returns:
+        `training_set`, `image_encoder`, `pixel_encoder`, `chip_embeddings`.
+    """
+    options = {"key_prefix": sensor.name, "group_name": sensor.name, "owners": OWNERS}
+
+    @dg.asset(
+        **options,
+        deps=[
+            dg.AssetDep([sensor.name, "pairs"], partition_mapping=ALL_REGIONS),
+            dg.AssetDep("ground_embeddings", partition_mapping=ALL_REGIONS),
+        ],
+        code_version=code_version(training_sets),
+        kinds={"parquet", "numpy"},
+        metadata={"dagster/column_schema": table_schema(schemas.TRAINING_PAIRS)},
+        check_specs=check_specs([sensor.name, "training_set"], "split_disjointness", partitioned=False),
+    )
+    def training_set(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
+        """Snapshot of all regions' pairs with their splits and embeddings, named by its content's fingerprint."""
+        made = training_sets.build_training_set(storage.root, sensor)
+        table = training_sets.read(made.folder)
+        tiles = [storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)]
+        picture = previews.density_map(
+            table["lon_deg"].to_numpy(), table["lat_deg"].to_numpy(), title=f"{sensor.name} pairs (paper, figure 4)"
+        )
+        return report_table(
+            schemas.TRAINING_PAIRS, table, changed=made.is_new, picture=picture,
+            findings=[rules.split_disjointness(tiles, table)],
+            fingerprint=made.fingerprint, tiles=made.tiles, photos=made.photos,
+            **{f"pairs/{split}": count for split, count in made.pairs_by_split.items()},
+        )
+
+    def encoder_asset(level: str, description: str) -> dg.AssetsDefinition:
+        @dg.asset(
+            **options,
+            name=f"{level}_encoder",
+            deps=[training_set, FOUNDATION_KEY],
+            description=description,
+            kinds={"pytorch"},
+            pool="gpu",
+        )
+        def encoder(
+            world: dg.ResourceParam[Settings],
+            storage: dg.ResourceParam[Storage],
+            foundation: dg.ResourceParam[FoundationModel],
+            progress: dg.ResourceParam[Progress],
+        ) -> dg.MaterializeResult:
+            from training.loop import train
+            from training.recipes import RECIPES
+
+            config = RECIPES[world.training_recipe].encoder(
+                level, sensor, foundation.architecture, foundation.pretrained, seed=world.seed
+            )
+            report = progress.task(f"{sensor.name} {level}-level encoder")
+            snapshot = training_sets.latest(storage.root, sensor)
+            output = encoder_folder(storage, sensor, level).parent
+            result = train(config, snapshot, storage.root, output, lambda at: report(at.step, at.steps))
+            return training_result(result, f"{sensor.name} {level}-level", snapshot.name)
+
+        return encoder
+
+    image_encoder = encoder_asset("image", "f_S^I: satellite images in the foundation model's space (paper, Eq. 2).")
+    pixel_encoder = encoder_asset("pixel", "f_S^P: satellite patches in the foundation model's space (paper, Eq. 3).")
+
+    @dg.asset(
+        **options,
+        deps=[image_encoder, dg.AssetDep([sensor.name, "chips"]), dg.AssetDep([sensor.name, "tiles"])],
+        partitions_def=REGION_PARTITIONS,
+        backfill_policy=dg.BackfillPolicy.multi_run(),
+        code_version=code_version(embeddings),
+        kinds={"parquet", "pytorch"},
+        pool="gpu",
+        metadata={"dagster/column_schema": table_schema(schemas.CHIP_EMBEDDINGS)},
+        check_specs=check_specs([sensor.name, "chip_embeddings"]),
+    )
+    def chip_embeddings(
+        context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage], progress: dg.ResourceParam[Progress]
+    ) -> dg.MaterializeResult:
+        """f_S^I of every chip's central crop, for search and maps."""
+        from training.encoders import encode_images
+
+        place = {"sensor": sensor.name, "region": context.partition_key}
+        clip = local_model(encoder_folder(storage, sensor, "image"))
+
+        def embed(contents):  # noqa: ANN001, ANN202
+            return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)
+
+        table = embeddings.embed_chips(
+            storage.read(schemas.CHIPS, **place),
+            storage.read(schemas.TILES, **place),
+            storage.read(schemas.CHIP_EMBEDDINGS, **place),
+            storage.folder(schemas.CHIPS, **place),
+            embed,
+            clip.fingerprint(),
+            progress.task(f"{context.partition_key} {sensor.name} chip embeddings"),
+        )
+        changed = storage.write(schemas.CHIP_EMBEDDINGS, table, **place)
+        return report_table(schemas.CHIP_EMBEDDINGS, table, changed=changed, encoder=clip.fingerprint())
+
+    return [training_set, image_encoder, pixel_encoder, chip_embeddings]
+
+
+def training_result(result, title: str, snapshot: str) -> dg.MaterializeResult:  # noqa: ANN001
+    """Curves and costs of a training."""
+    steps = [row["step"] for row in result.history]
+    series = {"training loss": (steps, [row["loss"] for row in result.history])}
+    validated = [row["step"] for row in result.validations]
+    metadata = {
+        "training_set": snapshot,
+        "model_id": result.model_id,
+        "best_step": result.best_step,
+        "train_tiles": result.train_tiles,
+        "train_pairs": result.train_photos,
+        "seconds": round(result.seconds, 1),
+        "loss": series["training loss"][1][-1],
+    }
+    if validated:
+        series["validation loss"] = (validated, [row["loss"] for row in result.validations])
+        recall = {
+            f"recall@{k}": (validated, [row[f"recall_at_{k}"] for row in result.validations]) for k in (1, 10)
+        }
+        picture = previews.curves(recall, title=f"{title}: validation retrieval", ylabel="recall")
+        metadata["retrieval"] = dg.MetadataValue.md(to_markdown(picture, "validation retrieval"))
+        metadata["validation_recall_at_10"] = result.validations[-1]["recall_at_10"]
+    picture = previews.curves(series, title=f"{title}: contrastive loss", ylabel="loss")
+    metadata["curve"] = dg.MetadataValue.md(to_markdown(picture, "loss"))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(result.model_id))

@@ -1,0 +1,199 @@
+"""The satellite half of a region, one factory for every sensor: scenes, tiles, chips, pairs, chip embeddings.
+
+Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; Earth Engine's client in resources.
+"""
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from assets.ground import RETRY
+from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
+from graft_pipeline.imagery import Sensor
+from graft_pipeline.partitions import REGION_PARTITIONS
+from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
+from graft_pipeline.regions import Region
+from graft_pipeline.settings import Settings
+from resources.earth_engine import EarthEngine
+from resources.storage import Storage
+
+GROUND_TABLES = ["flickr_photos", "ground_images", "outdoor_photos"]
+
+
+class TilesConfig(dg.Config):
+    """What a single run may ask of `tiles`."""
+
+    #: Choose all tiles anew instead of adding to those that the region has.
+    full_refresh: bool = False
+
+
+def eligible_photos(storage: Storage, region: str) -> pa.Table:
+    """Photos of a region that may be paired: ok metadata, a stored image, outdoors."""
+    return photos.eligible(
+        storage.read(schemas.FLICKR_PHOTOS, region=region),
+        storage.read(schemas.GROUND_IMAGES, region=region),
+        storage.read(schemas.OUTDOOR_PHOTOS, region=region),
+    )
+
+
+def external_collection(sensor: Sensor) -> dg.AssetKey:
+    """Key of the external asset that stands for a sensor's Earth Engine collection."""
+    return dg.AssetKey(["earthengine", sensor.collection.split("/", 1)[1].lower().replace("/", "_")])
+
+
+def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
+    """The region-partitioned assets of one sensor, with the sensor's name as key prefix and group.
+
+    Args:
+        sensor: the sensor's record.
+
+    Returns:
+        `scenes`, `tiles`, `chips`, `pairs`.
+    """
+
+    def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):  # noqa: ANN003, ANN202
+        return dg.asset(
+            name=dataset.name,
+            key_prefix=sensor.name,
+            group_name=sensor.name,
+            owners=OWNERS,
+            partitions_def=REGION_PARTITIONS,
+            backfill_policy=dg.BackfillPolicy.multi_run(),
+            metadata={"dagster/column_schema": table_schema(dataset)},
+            check_specs=check_specs([sensor.name, dataset.name], *rules_of_data),
+            **options,
+        )
+
+    @sensor_asset(
+        schemas.SCENES,
+        deps=["regions", external_collection(sensor)],
+        code_version=code_version(scenes),
+        kinds={"parquet", "earthengine"},
+        pool="earth_engine",
+        retry_policy=RETRY,
+    )
+    def scenes_asset(
+        context: dg.AssetExecutionContext,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
+        earth_engine: dg.ResourceParam[EarthEngine],
+    ) -> dg.MaterializeResult:
+        region = Region.parse(context.partition_key, world.grid_deg)
+        table = scenes.scene_rows(earth_engine.list_scenes(sensor, region.bounds), sensor)
+        changed = storage.write(schemas.SCENES, table, sensor=sensor.name, region=region.key)
+        extra = {}
+        if sensor.has_cloud_rule and table.num_rows:
+            clouds = table["cloud_pct"].drop_null().to_numpy()
+            extra["picture"] = previews.histogram(clouds, title=f"Cloud of {sensor.name} scenes", unit="%")
+        return report_table(schemas.SCENES, table, changed=changed, **extra)
+
+    @sensor_asset(
+        schemas.TILES,
+        "center_spacing",
+        deps=[*GROUND_TABLES],
+        code_version=code_version(sampling),
+        kinds={"parquet"},
+    )
+    def tiles_asset(
+        context: dg.AssetExecutionContext,
+        config: TilesConfig,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
+    ) -> dg.MaterializeResult:
+        region = Region.parse(context.partition_key, world.grid_deg)
+        usable = eligible_photos(storage, region.key)
+        known = storage.read(schemas.TILES, sensor=sensor.name, region=region.key)
+        table = sampling.sample_tiles(
+            usable, region, sensor, None if config.full_refresh else known,
+            mode=world.sampling, seed=world.seed, validation_fraction=world.validation_fraction,
+        )
+        changed = storage.write(schemas.TILES, table, sensor=sensor.name, region=region.key)
+        layers = {
+            "photos": (usable["lon_deg"].to_numpy(), usable["lat_deg"].to_numpy()),
+            "tiles": (table["center_lon_deg"].to_numpy(), table["center_lat_deg"].to_numpy()),
+        }
+        title = f"{sensor.name} tiles of {region.key}"
+        findings = [rules.center_spacing(table, sensor)] if world.sampling == "non_overlapping" else [
+            rules.Finding("center_spacing", 0, f"does not apply to sampling {world.sampling!r}")
+        ]
+        return report_table(
+            schemas.TILES, table, changed=changed, findings=findings,
+            picture=previews.scatter_map(layers, title=title, bounds=region.bounds),
+            usable_photos=usable.num_rows, new_tiles=table.num_rows - (0 if config.full_refresh else known.num_rows),
+        )
+
+    @sensor_asset(
+        schemas.CHIPS,
+        "chip_georeference",
+        "cloud_and_time",
+        deps=[tiles_asset, scenes_asset, external_collection(sensor)],
+        code_version=code_version(chips),
+        kinds={"webdataset", "earthengine"},
+        pool="earth_engine",
+        retry_policy=RETRY,
+    )
+    def chips_asset(
+        context: dg.AssetExecutionContext,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
+        earth_engine: dg.ResourceParam[EarthEngine],
+        progress: dg.ResourceParam[Progress],
+    ) -> dg.MaterializeResult:
+        place = {"sensor": sensor.name, "region": context.partition_key}
+        tiles, listed = storage.read(schemas.TILES, **place), storage.read(schemas.SCENES, **place)
+        taken = storage.read(schemas.FLICKR_PHOTOS, region=context.partition_key)
+        folder = storage.folder(schemas.CHIPS, **place)
+        requests = earth_engine.requests
+        table, changed = chips.update(
+            tiles, listed, taken, sensor, folder, earth_engine.get_chip,
+            concurrency=earth_engine.concurrency, max_attempts=world.max_attempts,
+            progress=progress.task(f"{context.partition_key} {sensor.name} chips"),
+        )
+        findings = [
+            rules.chip_georeference(table, tiles, rules.read_chip(folder)),
+            rules.cloud_and_time(table, tiles, taken, listed, sensor),
+        ]
+        return report_table(
+            schemas.CHIPS, table, changed=changed, findings=findings,
+            picture=sheets.chip_sheet(table, folder, chips.decode, seed=world.seed),
+            earth_engine_requests=earth_engine.requests - requests,
+        )
+
+    @sensor_asset(
+        schemas.PAIRS,
+        "footprint_membership",
+        "photo_cap",
+        "split_disjointness",
+        deps=[tiles_asset, chips_asset, *GROUND_TABLES],
+        code_version=code_version(pairing),
+        kinds={"parquet"},
+    )
+    def pairs_asset(
+        context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
+    ) -> dg.MaterializeResult:
+        region = Region.parse(context.partition_key, world.grid_deg)
+        place = {"sensor": sensor.name, "region": region.key}
+        tiles, made = storage.read(schemas.TILES, **place), storage.read(schemas.CHIPS, **place)
+        usable = eligible_photos(storage, region.key)
+        table = pairing.make_pairs(tiles, made, usable, region, sensor, world.photos_per_tile)
+        changed = storage.write(schemas.PAIRS, table, **place)
+        findings = [
+            rules.footprint_membership(table, tiles, sensor),
+            rules.photo_cap(table, world.photos_per_tile),
+            rules.split_disjointness([tiles], table),
+        ]
+        return report_table(
+            schemas.PAIRS, table, changed=changed, findings=findings,
+            picture=sheets.pair_sheet(
+                table, made, storage.folder(schemas.CHIPS, **place),
+                storage.read(schemas.GROUND_IMAGES, region=region.key),
+                storage.folder(schemas.GROUND_IMAGES, region=region.key), seed=world.seed,
+            ),
+            tiles=pc.count_distinct(table["tile_id"]).as_py(),
+            photos=pc.count_distinct(table["photo_id"]).as_py(),
+            **{f"split/{name}": count for name, count in pairing.split_counts(table).items()},
+        )
+
+    return [scenes_asset, tiles_asset, chips_asset, pairs_asset]

@@ -1,0 +1,176 @@
+"""The `graft` command: thin commands over the packages, importing what they need when they run.
+
+Exit codes: 0 done, 1 an error of ours with its message on stderr, 2 wrong usage.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graft_pipeline.errors import GraftError
+
+if TYPE_CHECKING:
+    from resources.storage import Storage
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+areas_app = typer.Typer(no_args_is_help=True, help="Register the areas whose regions are collected.")
+planet_app = typer.Typer(no_args_is_help=True, help="The embedded world that answers Flickr's and Earth Engine's APIs.")
+app.add_typer(areas_app, name="areas")
+app.add_typer(planet_app, name="planet")
+
+
+@app.callback()
+def graft() -> None:
+    """Satellite models that understand language, learned from geotagged ground photos (GRAFT, ICLR 2024).
+
+    Settings come from GRAFT_ environment variables or .env; without keys everything talks to the embedded planet.
+    """
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line on stderr and exit code 1."""
+    try:
+        app()
+    except GraftError as error:
+        typer.secho(f"graft: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _storage() -> "Storage":
+    from graft_pipeline.settings import load_settings
+    from resources.storage import Storage
+
+    return Storage(load_settings().root)
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*["" if value is None else str(value) for value in row])
+    # A pipe has no width of its own: give it room instead of 80 columns.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Which planet: two seeds are two different worlds.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Where data, Dagster's state, report and scores go.")] = Path("demo"),
+    small: Annotated[bool, typer.Option("--small", help="Two regions and few steps: a smoke test, not a result.")] = False,
+) -> None:
+    """Run the whole pipeline on the embedded planet and print the scores."""
+    from graft_pipeline.demo import run_demo
+
+    run_demo(folder, seed=seed, is_small=small)
+
+
+@planet_app.command("serve")
+def planet_serve(
+    seed: Annotated[int, typer.Option(help="Which planet.")] = 0,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 8750,
+    latency_ms: Annotated[float, typer.Option(min=0, help="Added to every answer.")] = 0.0,
+    quota: Annotated[float | None, typer.Option(help="Requests a second; above it the answer is 429.")] = None,
+    fault_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that end in a fault.")] = 0.0,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(help="SENSOR=FILE.tif: serve a real GeoTIFF as a scene of that sensor's collection. Repeatable."),
+    ] = None,
+) -> None:
+    """Serve a planet on loopback until interrupted; point GRAFT_PLANET__URL at it."""
+    from graft_pipeline.settings import load_settings
+    from resources.planet.process import serve
+
+    mounts: dict[str, list[str]] = {}
+    collections = {name: record.collection for name, record in load_settings().sensor_records.items()}
+    for entry in mount or []:
+        sensor, separator, file = entry.partition("=")
+        if not separator or not file:
+            raise typer.BadParameter(f"{entry!r}: write SENSOR=FILE.tif, such as naip=scene.tif")
+        mounts.setdefault(collections.get(sensor, sensor), []).append(file)
+    serve(seed=seed, port=port, latency_ms=latency_ms, quota=quota, fault_rate=fault_rate, mounts=mounts)
+
+
+@areas_app.command("add")
+def areas_add(
+    file: Annotated[Path, typer.Argument(help="Any vector file that geopandas reads: GeoJSON, GeoPackage, Shapefile ...")],
+    name: Annotated[str | None, typer.Option(help="Name of the area; default: the file's.")] = None,
+    where: Annotated[str | None, typer.Option(help="Features to take, in SQL: \"name='Rhode Island'\".")] = None,
+) -> None:
+    """Register an area; `regions` then makes its regions partitions."""
+    from graft_pipeline import areas
+    from graft_pipeline.regions import regions_touching
+    from graft_pipeline.settings import load_settings
+
+    area = areas.read_area(file, name=name, where=where)
+    storage = _storage()
+    path = areas.register_area(storage.areas_folder, area)
+    touched = regions_touching(area.geometry, load_settings().grid_deg)
+    typer.echo(f"{area.name}: {len(touched)} regions, registered at {path}")
+
+
+@areas_app.command("list")
+def areas_list() -> None:
+    """List the registered areas."""
+    from graft_pipeline import areas
+    from graft_pipeline.regions import regions_touching
+    from graft_pipeline.settings import load_settings
+
+    grid_deg = load_settings().grid_deg
+    registered = areas.list_areas(_storage().areas_folder)
+    rows = [
+        [area.name, len(regions_touching(area.geometry, grid_deg)), *(f"{v:.3f}" for v in area.geometry.bounds)]
+        for area in registered
+    ]
+    _table("Areas", ["area", "regions", "west", "south", "east", "north"], rows)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="Any DuckDB SQL; every dataset is a view.")],
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
+    limit: Annotated[int, typer.Option(help="Rows shown at most; 0 shows all.")] = 50,
+) -> None:
+    """Ask the datasets, for example `graft query "SELECT sensor, count(*) FROM pairs GROUP BY sensor"`."""
+    import duckdb
+
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.manifests import connect
+
+    connection = connect(_storage().root)
+    try:
+        cursor = connection.execute(sql)
+    except duckdb.Error as error:
+        views = ", ".join(sorted(row[0] for row in connection.execute("SHOW TABLES").fetchall()))
+        raise InputError(f"{error}\nViews: {views}. Correct the SQL.") from None
+    columns = [column[0] for column in cursor.description or []]
+    rows = cursor.fetchmany(limit) if limit else cursor.fetchall()
+    if csv:
+        import csv as csv_module
+
+        writer = csv_module.writer(sys.stdout)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    else:
+        _table(f"{len(rows)} rows{' (limit)' if limit and len(rows) == limit else ''}", columns, [list(r) for r in rows])
+
+
+@app.command()
+def status() -> None:
+    """Show what is materialised per region, and what failed."""
+    from graft_pipeline.status import region_status
+
+    rows, columns = region_status(_storage())
+    if not rows:
+        typer.echo("Nothing is materialised yet: register an area (graft areas add FILE) and materialise `regions`.")
+        raise typer.Exit
+    _table("Rows per region (ok / all where rows can fail)", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The composition root: which assets, jobs and resources a deployment has. Dagster loads `defs`.
+
+Nothing is opened here: resources open when a run starts, and torch, earthengine-api and flickrapi load with them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from assets.areas import regions
+from assets.external import build_external_assets
+from assets.ground import flickr_photos, ground_embeddings, ground_images_asset, outdoor_photos, search_locations
+from assets.learning import build_learning_assets
+from assets.planet import build_planet_assets, planet_foundation
+from assets.sensors import build_sensor_assets
+from graft_pipeline.automation import build_jobs
+from graft_pipeline.progress import LogProgress
+from graft_pipeline.settings import Settings, load_settings
+from resources.earth_engine import EarthEngine
+from resources.flickr import FlickrClient
+from resources.foundation import FoundationModel
+from resources.images import ImageFetcher
+from resources.scene_classifier import SceneClassifier
+from resources.storage import Storage
+from resources.world import open_world
+
+
+@dg.resource(description="Settings of the world this run talks to: GRAFT_ variables; starts the planet if no key is set.")
+def world(_context: dg.InitResourceContext) -> Iterator[Settings]:
+    """Settings of a run; with no keys, of a planet that lives as long as the run."""
+    with open_world(load_settings()) as settings:
+        yield settings
+
+
+@dg.resource(required_resource_keys={"world"}, description="Storage root, from GRAFT_ROOT.")
+def storage(context: dg.InitResourceContext) -> Storage:
+    """Files and tables of the deployment."""
+    return Storage(context.resources.world.root)
+
+
+@dg.resource(required_resource_keys={"world"}, description="Flickr; keys from GRAFT_FLICKR_KEY and GRAFT_FLICKR_SECRET.")
+def flickr(context: dg.InitResourceContext) -> FlickrClient:
+    """Photo search."""
+    return FlickrClient.from_settings(context.resources.world)
+
+
+@dg.resource(required_resource_keys={"world"}, description="Downloads of ground images.")
+def images(context: dg.InitResourceContext) -> ImageFetcher:
+    """Image downloads."""
+    return ImageFetcher.from_settings(context.resources.world)
+
+
+@dg.resource(
+    required_resource_keys={"world"}, description="Earth Engine; GRAFT_EE_PROJECT and GRAFT_EE_KEY_FILE."
+)
+def earth_engine(context: dg.InitResourceContext) -> EarthEngine:
+    """Scenes and chips."""
+    return EarthEngine.from_settings(context.resources.world)
+
+
+@dg.resource(required_resource_keys={"world", "storage"}, description="The frozen CLIP (f_G, f_T).")
+def foundation(context: dg.InitResourceContext) -> FoundationModel:
+    """The foundation model of the settings, or the planet's own."""
+    settings = context.resources.world
+    if settings.is_planet and settings.foundation_architecture == Settings.model_fields["foundation_architecture"].default:
+        return FoundationModel.from_folder(context.resources.storage.models_folder / "foundation")
+    return FoundationModel(settings.foundation_architecture, settings.foundation_pretrained)
+
+
+@dg.resource(required_resource_keys={"world", "foundation"}, description="Indoor or outdoor.")
+def scene_classifier(context: dg.InitResourceContext) -> SceneClassifier:
+    """The scene classifier in the form that the settings choose."""
+    settings = context.resources.world
+    if settings.scene_classifier == "checkpoint":
+        return SceneClassifier.checkpoint(settings.scene_checkpoint)
+    return SceneClassifier.zero_shot(context.resources.foundation)
+
+
+@dg.resource(description="Progress of long steps, as log lines.")
+def progress(context: dg.InitResourceContext) -> LogProgress:
+    """Progress in the run's log."""
+    return LogProgress(context.log)
+
+
+def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definitions:
+    """Put a deployment together.
+
+    Args:
+        settings: which sensors and world the graph is drawn for; default: read from the environment.
+        **overrides: resources by name that replace the standard ones, such as `progress` in the demo.
+
+    Returns:
+        The definitions.
+    """
+    settings = settings or load_settings()
+    sensors = list(settings.sensor_records.values())
+    assets: list[Any] = [
+        regions, search_locations, flickr_photos, ground_images_asset, ground_embeddings, outdoor_photos,
+        *build_external_assets(settings),
+    ]
+    for sensor in sensors:
+        assets += [*build_sensor_assets(sensor), *build_learning_assets(sensor)]
+        if settings.is_planet:
+            assets += build_planet_assets(sensor)
+    if settings.is_planet:
+        assets.append(planet_foundation)
+    resources = {
+        "world": world, "storage": storage, "flickr": flickr, "images": images, "earth_engine": earth_engine,
+        "foundation": foundation, "scene_classifier": scene_classifier, "progress": progress,
+    }
+    return dg.Definitions(
+        assets=assets,
+        jobs=build_jobs([sensor.name for sensor in sensors], is_planet=settings.is_planet),
+        resources={**resources, **overrides},
+        # One process a run: a region is minutes of work in threads, and its world opens once.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build_defs()

@@ -1,0 +1,264 @@
+"""`graft demo`: the whole asset graph on the embedded planet, run as real Dagster runs on a local instance.
+
+It only presses the buttons a person would press in the UI, in order, and times them; every result comes from assets.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from graft_pipeline import automation
+from graft_pipeline.errors import GraftError
+from graft_pipeline.progress import Report
+
+#: Land of the demo in every planet: 8 regions of a quarter degree, within one UTM zone.
+AREA = {"west": -71.5, "south": 42.0, "east": -70.5, "north": 42.5}
+#: Land that is only ever evaluated on, more than 50 km away.
+BENCHMARK_BOUNDS = (-71.0, 43.0, -69.5, 44.0)
+#: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes.
+LEVELS = {"naip": ("image", "pixel"), "sentinel2": ("image",)}
+SCORES_OF = {"image": "zero_shot_scores", "pixel": "segmentation_scores"}
+
+
+@dataclass
+class Stages:
+    """Seconds and peak memory of the demo's stages.
+
+    Memory is the resident set of this process and its children (the planet), sampled five times a second.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens inside under a name."""
+        import psutil
+
+        stop = threading.Event()
+        peak = 0.0
+        process = psutil.Process()
+
+        def sample() -> None:
+            nonlocal peak
+            while True:
+                total = 0
+                for member in (process, *process.children(recursive=True)):
+                    try:
+                        total += member.memory_info().rss
+                    except psutil.NoSuchProcess:
+                        continue
+                peak = max(peak, total / 2**20)
+                if stop.wait(0.2):
+                    return
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        started = time.perf_counter()
+        sampler.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            sampler.join()
+            self.seconds[name] = round(time.perf_counter() - started, 2)
+            self.peak_memory_mb[name] = round(peak, 1)
+
+
+class RichProgress:
+    """Progress of steps as bars in a terminal (graft_pipeline.progress.Progress)."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+
+    def task(self, name: str) -> Report:
+        """Show a bar that disappears when its work is done."""
+        task: TaskID = self._bars.add_task(name, total=None)
+
+        def report(done: int, total: int) -> None:
+            self._bars.update(task, completed=done, total=total, visible=done < total)
+
+        return report
+
+
+def demo_environment(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
+    """The settings of a demo deployment, as `make ui` needs them later too."""
+    return {
+        "GRAFT_WORLD": "planet",
+        "GRAFT_ROOT": str(folder.resolve() / "data"),
+        "GRAFT_GRID_DEG": "0.25",
+        "GRAFT_SEED": str(seed),
+        "GRAFT_PLANET__SEED": str(seed),
+        "GRAFT_SEARCH_LOCATIONS_PER_REGION": "40",
+        "GRAFT_SEARCH_RADIUS_KM": "4",
+        "GRAFT_FLICKR_CALLS_PER_HOUR": "3600000",
+        "GRAFT_EE_REQUESTS_PER_SECOND": "1000",
+        "GRAFT_BENCHMARK_BOUNDS": json.dumps(BENCHMARK_BOUNDS),
+        "GRAFT_RECIPE": "smoke" if is_small else "planet",
+    }
+
+
+def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
+    """Lay out the demo's folder: data, Dagster's home, settings file, registered area.
+
+    Args:
+        folder: the demo's folder; an earlier demo in it is removed.
+        seed: planet.
+        is_small: two regions instead of eight.
+
+    Returns:
+        The deployment's environment variables.
+
+    Raises:
+        GraftError: if the folder holds something that no demo made.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "settings.env").exists():
+            raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
+        shutil.rmtree(folder)
+    home = folder / "dagster_home"
+    home.mkdir(parents=True)
+    source = Path(__file__).parents[1] / "dagster.yaml"
+    shutil.copyfile(source, home / "dagster.yaml")
+    environment = demo_environment(folder, seed, is_small=is_small)
+    (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
+    east, north = (-71.0, 42.25) if is_small else (AREA["east"], AREA["north"])
+    # Half a region's border inside, so that the corners touch no other region.
+    west, south, east, north = AREA["west"] + 0.01, AREA["south"] + 0.01, east - 0.01, north - 0.01
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (folder / "area.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    return environment
+
+
+class Runner:
+    """Materialises assets as Dagster runs on one instance, in this process."""
+
+    def __init__(self, definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
+        self._job = definitions.resolve_implicit_global_asset_job_def()
+        self._instance = instance
+
+    def materialise(self, *keys: dg.AssetKey, partition: str | None = None, config: dict[str, Any] | None = None) -> None:
+        """Run assets, upstream first, as the UI's Materialize button does.
+
+        Raises:
+            Exception: whatever stopped the step, unchanged; the run is recorded as failed.
+        """
+        self._job.execute_in_process(
+            instance=self._instance,
+            asset_selection=list(keys),
+            partition_key=partition,
+            tags={"graft/demo": "true"},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}, **(config or {})},
+        )
+
+
+def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str, Any]:
+    """Run the demo.
+
+    Args:
+        folder: where everything goes; an earlier demo there is replaced.
+        seed: which planet.
+        is_small: two regions and few steps, for tests of the machinery.
+
+    Returns:
+        What `scores.json` holds.
+    """
+    console = Console()
+    environment = prepare(folder, seed, is_small=is_small)
+    os.environ.update(environment)
+    os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
+    os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
+    # Dagster's own lines are in the instance; here they would tear the bars.
+    logging.getLogger("dagster").setLevel(logging.CRITICAL)
+
+    from graft_pipeline import areas
+    from graft_pipeline.definitions import build_defs
+    from graft_pipeline.report import write_report
+    from graft_pipeline.settings import load_settings
+    from resources.planet.process import PlanetServer
+    from resources.storage import Storage
+
+    stages = Stages()
+    settings = load_settings()
+    storage = Storage(settings.root)
+    areas.register_area(storage.areas_folder, areas.read_area(folder / "area.geojson", name="demo"))
+    bars = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console,
+    )
+    sensors = list(settings.sensor_records)
+    started = time.perf_counter()
+    with PlanetServer(seed=seed) as planet, dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance, bars:
+        os.environ["GRAFT_PLANET__URL"] = planet.url
+        runner = Runner(build_defs(settings, progress=RichProgress(bars)), instance)
+        console.print(f"Planet {seed} answers Flickr and Earth Engine at {planet.url}")
+        with stages.stage("regions"):
+            runner.materialise(dg.AssetKey("regions"))
+        with stages.stage("foundation"):
+            runner.materialise(dg.AssetKey(["openclip", "foundation"]))
+        regions = sorted(instance.get_dynamic_partitions("region"))
+        with stages.stage("collect"):
+            everything = bars.add_task("Regions, from search to pairs", total=len(regions))
+            for region in regions:
+                runner.materialise(*automation.region_keys(sensors), partition=region)
+                bars.advance(everything)
+        for sensor in sensors:
+            levels = LEVELS[sensor]
+            for number, level in enumerate(levels):
+                with stages.stage(f"{sensor} {level}_encoder"):
+                    names = ["training_set"] * (number == 0) + [f"{level}_encoder"]
+                    runner.materialise(*automation.keys_of([sensor], names))
+            with stages.stage(f"{sensor} scores"):
+                names = ["benchmark", *(SCORES_OF[level] for level in levels)]
+                runner.materialise(*automation.keys_of([sensor], names))
+        with stages.stage("chip embeddings"):
+            for region in regions:
+                runner.materialise(*automation.keys_of(sensors, ["chip_embeddings"]), partition=region)
+        traffic = planet.stats()
+    total_s = round(time.perf_counter() - started, 1)
+    scores = write_report(
+        folder, storage, sensors, seed=seed, total_seconds=total_s, traffic=traffic,
+        seconds=stages.seconds, peak_memory_mb=stages.peak_memory_mb,
+    )
+    _print_scores(console, scores, folder)
+    return scores
+
+
+def _print_scores(console: Console, scores: dict[str, Any], folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title="Zero-shot on ground that no training tile touches")
+    for column in ("sensor", "task", "metric", "satellite encoder", "foundation (CLIP)", "chance"):
+        table.add_column(column)
+    for sensor, task, metric, values in iterate_scores(scores):
+        encoder = next((values[name] for name in ("image_encoder", "pixel_encoder") if name in values), None)
+        numbers = [encoder, values.get("foundation"), values.get("chance")]
+        table.add_row(sensor, task, metric, *("" if v is None else f"{v:.3f}" for v in numbers))
+    console.print(table)
+    console.print(
+        f"{scores['total_seconds']:.0f} s, at most {max(scores['peak_memory_mb'].values()):.0f} MB. "
+        f"Report: {folder / 'report.html'}. Lineage: make ui"
+    )
+
+
+def iterate_scores(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+    """Walk scores.json: (sensor, task, metric, {contender: value})."""
+    for sensor in scores["sensors"]:
+        for task, contenders in scores[sensor].items():
+            metrics = dict.fromkeys(metric for values in contenders.values() for metric in values)
+            for metric in metrics:
+                yield sensor, task, metric, {
+                    name: values[metric] for name, values in contenders.items() if metric in values
+                }

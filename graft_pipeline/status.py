@@ -1,0 +1,64 @@
+"""What is materialised where: one row for each region, from the datasets themselves.
+
+Dagster's own view of runs and events is in its UI; this needs no instance.
+"""
+
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline import schemas
+from graft_pipeline.schemas import Dataset
+
+GROUND = (
+    schemas.SEARCH_LOCATIONS,
+    schemas.FLICKR_PHOTOS,
+    schemas.GROUND_IMAGES,
+    schemas.GROUND_EMBEDDINGS,
+    schemas.OUTDOOR_PHOTOS,
+)
+SENSOR = (schemas.SCENES, schemas.TILES, schemas.CHIPS, schemas.PAIRS, schemas.CHIP_EMBEDDINGS)
+
+
+class Tables(Protocol):
+    """Where tables lie (resources.storage.Storage)."""
+
+    def partitions(self, dataset: Dataset, **fixed: str) -> list[dict[str, str]]:
+        """Partition values that exist."""
+        ...
+
+    def read(self, dataset: Dataset, **values: str) -> pa.Table:
+        """Rows of one partition."""
+        ...
+
+
+def _cell(table: pa.Table) -> str:
+    """`ok/all` where rows can fail, else their number."""
+    if "status" not in table.column_names:
+        return f"{table.num_rows:,}"
+    ok = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
+    return f"{ok:,}/{table.num_rows:,}"
+
+
+def region_status(storage: Tables) -> tuple[list[list[Any]], list[str]]:
+    """Count the rows of every dataset in every region.
+
+    Args:
+        storage: where the tables lie.
+
+    Returns:
+        Rows and column names; `-` where a dataset has not been materialised for a region.
+    """
+    cells: dict[tuple[str, str], str] = {}
+    columns: list[str] = []
+    for dataset in (*GROUND, *SENSOR):
+        for values in sorted(storage.partitions(dataset), key=lambda v: (v.get("sensor", ""), v["region"])):
+            column = " ".join(filter(None, [values.get("sensor"), dataset.name]))
+            if column not in columns:
+                columns.append(column)
+            cells[values["region"], column] = _cell(storage.read(dataset, **values))
+    known = set(storage.read(schemas.REGIONS)["region"].to_pylist())
+    regions = sorted(known | {region for region, _ in cells})
+    rows = [[region, *(cells.get((region, column), "-") for column in columns)] for region in regions]
+    return rows, ["region", *columns]

@@ -1,0 +1,49 @@
+"""Fixtures that several packages' tests share: running planets, a storage folder, settings."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before numpy or torch load: idle threads sleep, so tests that share cores do not slow each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No GRAFT_ variable or .env of the developer's machine reaches a test."""
+    for name in list(os.environ):
+        if name.startswith("GRAFT_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path_factory.getbasetemp() / "no.env"))
+
+
+@pytest.fixture(scope="session")
+def planet() -> Iterator[Any]:
+    """A running planet of seed 0 without faults; `.url` is where it answers."""
+    from resources.planet.process import PlanetServer
+
+    with PlanetServer(seed=0) as server:
+        yield server
+
+
+@pytest.fixture
+def make_planet() -> Iterator[Callable[..., Any]]:
+    """Starts planets with options of a test's own; stops them after the test."""
+    from resources.planet.process import PlanetServer
+
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(PlanetServer(**options))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real NAIP pixels and US states; skips where it is absent."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}")
+    return REAL_DATA

@@ -1,0 +1,148 @@
+"""Zero-shot scores of several models on one labelled set, beside each other and beside chance.
+
+The labelled set is the caller's; single steps and metrics are in classify, retrieve, segment and metrics.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graft_pipeline.errors import InputError
+from training.encoders import CROP_PX, Clip, encode_images, encode_patches, encode_texts
+from training.zero_shot.classify import class_embeddings, class_scores
+from training.zero_shot.metrics import Scores, score
+from training.zero_shot.prompts import PromptSet
+from training.zero_shot.retrieve import mean_average_precision, retrieve
+from training.zero_shot.segment import segment
+
+#: task -> contender -> metric -> value.
+Metrics = dict[str, dict[str, dict[str, float]]]
+
+CHANCE = "chance"
+_CHANCE_DRAWS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class ImageScores:
+    """Classification and retrieval of each contender.
+
+    Attributes:
+        metrics: tasks `classification` (accuracy) and `retrieval` (mAP, mAP@100, mAP@20), `chance` among the
+            contenders.
+        classification: per model: accuracy, recall per class and confusion matrix.
+        top: per model: (K, 10) int64 numbers of the images retrieved first for each class.
+    """
+
+    metrics: Metrics
+    classification: dict[str, Scores]
+    top: dict[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationScores:
+    """Segmentation of each contender.
+
+    Attributes:
+        metrics: task `segmentation` (per-class accuracy, mIoU, pixel accuracy), `chance` among the
+            contenders.
+        by_class: per model and for `chance`: recall and IoU per class, confusion matrix.
+        maps: per model: (N, P, P) uint8 class numbers.
+    """
+
+    metrics: Metrics
+    by_class: dict[str, Scores]
+    maps: dict[str, NDArray[np.uint8]]
+
+
+def score_images(
+    contenders: Mapping[str, Clip], chips: NDArray[np.uint8], labels: NDArray[np.int64], prompts: PromptSet
+) -> ImageScores:
+    """Classify and retrieve labelled chips by text alone.
+
+    Args:
+        contenders: models by name, such as the satellite encoder and the frozen foundation model.
+        chips: (N, H, H, 3) uint8 RGB; the central crop is used.
+        labels: (N,) class numbers, as in `prompts.names`.
+        prompts: the classes in words.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InputError: if numbers of chips and labels differ, or a label is no class.
+    """
+    _check_labels(chips, labels, prompts)
+    is_relevant = labels[None, :] == np.arange(len(prompts.names))[:, None]
+    metrics: Metrics = {"classification": {}, "retrieval": {}}
+    classification, top = {}, {}
+    for name, clip in contenders.items():
+        classes = class_embeddings(prompts, partial(encode_texts, clip))
+        images = encode_images(clip, chips)
+        scores = class_scores(images, classes)
+        classification[name] = score(labels, scores.argmax(axis=1), prompts.names)
+        metrics["classification"][name] = {"accuracy": classification[name].accuracy}
+        metrics["retrieval"][name] = _retrieval(scores.T, is_relevant)
+        top[name] = retrieve(classes, images, 10)[0]
+    random = np.random.default_rng(0)
+    draws = [_retrieval(random.random(is_relevant.shape), is_relevant) for _ in range(_CHANCE_DRAWS)]
+    metrics["classification"][CHANCE] = {"accuracy": 1 / len(prompts.names)}
+    metrics["retrieval"][CHANCE] = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    return ImageScores(metrics, classification, top)
+
+
+def score_segmentation(
+    contenders: Mapping[str, Clip], chips: NDArray[np.uint8], masks: NDArray[np.integer], prompts: PromptSet
+) -> SegmentationScores:
+    """Segment chips by text alone.
+
+    Args:
+        contenders: models by name, such as the pixel-level encoder and the frozen foundation model's patches.
+        chips: (N, H, H, 3) uint8 RGB; the central crop is used.
+        masks: (N, 224, 224) class numbers of the central crop, as in `prompts.names`; others are ignored.
+        prompts: the classes in words.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InputError: if the masks are not those of the chips' central crops.
+    """
+    if masks.shape != (len(chips), CROP_PX, CROP_PX):
+        raise InputError(f"Masks must be ({len(chips)}, {CROP_PX}, {CROP_PX}), got {masks.shape}.")
+    metrics: Metrics = {"segmentation": {}}
+    by_class, maps = {}, {}
+    for name, clip in contenders.items():
+        classes = class_embeddings(prompts, partial(encode_texts, clip))
+        maps[name] = segment(encode_patches(clip, chips), classes, CROP_PX)
+        by_class[name] = score(masks, maps[name], prompts.names)
+    random = np.random.default_rng(0)
+    by_class[CHANCE] = score(
+        masks, random.integers(len(prompts.names), size=masks.shape, dtype=np.uint8), prompts.names
+    )
+    for name, scores in by_class.items():
+        metrics["segmentation"][name] = {
+            "per-class accuracy": scores.per_class_accuracy,
+            "mIoU": scores.mean_iou,
+            "pixel accuracy": scores.accuracy,
+        }
+    return SegmentationScores(metrics, by_class, maps)
+
+
+def _retrieval(scores: NDArray[np.float32], is_relevant: NDArray[np.bool_]) -> dict[str, float]:
+    return {
+        "mAP": mean_average_precision(scores, is_relevant),
+        "mAP@100": mean_average_precision(scores, is_relevant, 100),
+        "mAP@20": mean_average_precision(scores, is_relevant, 20),
+    }
+
+
+def _check_labels(chips: NDArray[np.uint8], labels: NDArray[np.int64], prompts: PromptSet) -> None:
+    if len(chips) != len(labels) or len(labels) == 0:
+        raise InputError(
+            f"{len(chips)} chips and {len(labels)} labels: give one label per chip, and at least one."
+        )
+    if labels.min() < 0 or labels.max() >= len(prompts.names):
+        raise InputError(f"Labels {labels.min()} to {labels.max()} are not the {len(prompts.names)} classes.")
