@@ -1,0 +1,244 @@
+"""Pairs: which photos lie in which tile's footprint, where in its chip, and which of many are kept.
+
+How tiles are chosen is in sampling.py; how their chips are had, in chips.py.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline.errors import DataError
+from graft_pipeline.geometry import projection
+from graft_pipeline.imagery import Sensor
+from graft_pipeline.manifests import columns
+from graft_pipeline.regions import Region
+from graft_pipeline.schemas import CHIPS, PAIRS
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+#: Pairs looked at together; bounds memory where hundreds of tiles share a crowded square (random sampling).
+_CANDIDATES_PER_BATCH = 8_000_000
+
+_DAY = np.timedelta64(86_400_000, "ms")
+
+
+def assign(tiles: pa.Table, photos: pa.Table, sensor: Sensor, epsg: int) -> pa.Table:
+    """Every photo of every tile's footprint, without cap.
+
+    Footprints are half-open: a tile holds the photos with `-f/2 <= x - center_x < f/2` and the same in y,
+    where f is `sensor.footprint_m`. Footprints overlap, so a photo may belong to several tiles.
+
+    Args:
+        tiles: TILES rows of one UTM zone.
+        photos: FLICKR_PHOTOS rows.
+        sensor: the sensor.
+        epsg: the tiles' UTM zone.
+
+    Returns:
+        Table (tile_id, photo_id, x_m, y_m), the photo's place in that zone; in the order of tiles, then
+        photos.
+    """
+    x, y = _project(photos, epsg)
+    center_x, center_y = columns(tiles, "center_x_m", "center_y_m")
+    parts = list(_matches(center_x, center_y, x, y, sensor.footprint_m))
+    tile_rows, photo_rows = _concatenated(parts)
+    return pa.table(
+        {
+            "tile_id": tiles["tile_id"].combine_chunks().take(pa.array(tile_rows)),
+            "photo_id": photos["photo_id"].combine_chunks().take(pa.array(photo_rows)),
+            "x_m": pa.array(x[photo_rows]),
+            "y_m": pa.array(y[photo_rows]),
+        }
+    )
+
+
+def make_pairs(
+    tiles: pa.Table, chips: pa.Table, photos: pa.Table, region: Region, sensor: Sensor, cap: int
+) -> pa.Table:
+    """The pairs of a region: photos in the footprint of tiles whose chip is stored.
+
+    Of more than `cap` photos on a tile a random few are kept (paper, section 3.2: 25): those whose ids'
+    hashes come first, so the choice depends neither on order nor on what lies elsewhere.
+
+    Args:
+        tiles: TILES rows.
+        chips: CHIPS rows; only ok ones make pairs.
+        photos: FLICKR_PHOTOS rows that may be paired.
+        region: their region.
+        sensor: the sensor.
+        cap: most photos of a tile.
+
+    Returns:
+        PAIRS rows, sorted by tile_id and photo_id.
+
+    Raises:
+        DataError: if a chip lies on another grid than its tile.
+    """
+    used, chips_used = _tiles_with_chips(tiles, chips)
+    x, y = _project(photos, region.epsg)
+    center_x, center_y = columns(used, "center_x_m", "center_y_m")
+    ids = photos["photo_id"].combine_chunks()
+    parts = [
+        _capped(tile_rows, photo_rows, ids, cap)
+        for tile_rows, photo_rows in _matches(center_x, center_y, x, y, sensor.footprint_m)
+    ]
+    tile_rows, photo_rows = _concatenated(parts)
+    x0_m, y0_m, gsd_m = (column[tile_rows] for column in columns(used, "x0_m", "y0_m", "gsd_m"))
+    of_tile, of_photo = pa.array(tile_rows), pa.array(photo_rows)
+    acquired = chips_used["acquired_at_utc"].combine_chunks().take(of_tile)
+    taken = photos["taken_at_utc"].combine_chunks().take(of_photo)
+    table = pa.table(
+        {
+            "tile_id": used["tile_id"].combine_chunks().take(of_tile),
+            "photo_id": ids.take(of_photo),
+            "center_photo_id": used["center_photo_id"].combine_chunks().take(of_tile),
+            "scene_id": chips_used["scene_id"].combine_chunks().take(of_tile),
+            "lon_deg": photos["lon_deg"].combine_chunks().take(of_photo),
+            "lat_deg": photos["lat_deg"].combine_chunks().take(of_photo),
+            "col_px": pa.array((x[photo_rows] - x0_m) / gsd_m),
+            "row_px": pa.array((y0_m - y[photo_rows]) / gsd_m),
+            "taken_at_utc": taken,
+            "acquired_at_utc": acquired,
+            "time_difference_days": days_between(taken, acquired),
+            "split": used["split"].combine_chunks().take(of_tile),
+        }
+    ).cast(PAIRS.schema)
+    return table.sort_by([(name, "ascending") for name in PAIRS.order]).combine_chunks()
+
+
+def days_between(earlier: pa.Array, later: pa.Array) -> pa.Array:
+    """Signed days from one time to another.
+
+    Args:
+        earlier: (N,) timestamps, UTC, null where unknown.
+        later: (N,) timestamps, UTC.
+
+    Returns:
+        (N,) float64, `later` minus `earlier`, null where either is.
+    """
+    start = earlier.to_numpy(zero_copy_only=False).astype("datetime64[ms]")
+    end = later.to_numpy(zero_copy_only=False).astype("datetime64[ms]")
+    unknown = np.isnat(start) | np.isnat(end)
+    return pa.array(np.where(unknown, 0.0, (end - start) / _DAY), mask=unknown)
+
+
+def split_counts(pairs: pa.Table) -> dict[str, int]:
+    """Pairs by split.
+
+    Args:
+        pairs: rows with a `split` column.
+
+    Returns:
+        Counts, sorted by name.
+    """
+    return dict(sorted(Counter(pairs["split"].to_pylist()).items()))
+
+
+def chips_with_pairs(chips: pa.Table, pairs: pa.Table) -> pa.Table:
+    """The chips that at least one pair uses.
+
+    Args:
+        chips: CHIPS rows.
+        pairs: PAIRS rows.
+
+    Returns:
+        CHIPS rows in their order.
+    """
+    return chips.filter(pc.is_in(chips["tile_id"], pairs["tile_id"].combine_chunks()))
+
+
+def _project(photos: pa.Table, epsg: int) -> tuple[FloatArray, FloatArray]:
+    lon, lat = columns(photos, "lon_deg", "lat_deg")
+    return projection(epsg).forward(lon, lat)
+
+
+def _tiles_with_chips(tiles: pa.Table, chips: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Tiles whose chip is ok, and those chips in the same order."""
+    ok = chips.filter(pc.equal(chips["status"], "ok"))
+    position = pc.index_in(tiles["tile_id"], ok["tile_id"].combine_chunks())
+    used = tiles.filter(pc.is_valid(position))
+    chips_used = ok.take(position.drop_null())
+    for name in ("epsg", "x0_m", "y0_m", "gsd_m", "chip_px"):
+        if not used[name].combine_chunks().equals(chips_used[name].combine_chunks()):
+            raise DataError(
+                f"Some {CHIPS.name} lie on another grid than their tiles ({name}): fetch them anew."
+            )
+    return used, chips_used
+
+
+def _matches(
+    center_x: FloatArray, center_y: FloatArray, x: FloatArray, y: FloatArray, side_m: float
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield batches of (tile row, photo row): all photos in half-open squares around centres, in order.
+
+    A square overlaps at most two by two cells of its own side, so each tile looks at four ranges of the
+    photos sorted by cell. Every tile is whole within one batch.
+    """
+    if not center_x.size or not x.size:
+        return
+    step = 1 << 32
+
+    def cell(a: FloatArray, b: FloatArray) -> IntArray:
+        return np.asarray(
+            np.floor_divide(a, side_m).astype(np.int64) * step + np.floor_divide(b, side_m).astype(np.int64)
+        )
+
+    keys = cell(x, y)
+    order = np.argsort(keys, kind="stable")
+    sorted_keys = keys[order]
+    corner = cell(center_x - side_m / 2, center_y - side_m / 2)
+    wanted = corner[:, None] + np.array([0, 1, step, step + 1])
+    first = np.searchsorted(sorted_keys, wanted, side="left")
+    counts = np.searchsorted(sorted_keys, wanted, side="right") - first
+    total = np.cumsum(counts.sum(axis=1))
+    start = 0
+    while start < center_x.size:
+        done = total[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(total, done + _CANDIDATES_PER_BATCH, side="right")))
+        lengths = counts[start:end].ravel()
+        tile_rows = np.repeat(np.arange(start, end), counts[start:end].sum(axis=1))
+        # Positions first, first + 1, ... of every range, laid out one after the other.
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        photo_rows = order[np.repeat(first[start:end].ravel(), lengths) + within]
+        dx, dy = x[photo_rows] - center_x[tile_rows], y[photo_rows] - center_y[tile_rows]
+        half = side_m / 2
+        inside = np.flatnonzero((dx >= -half) & (dx < half) & (dy >= -half) & (dy < half))
+        tile_rows, photo_rows = tile_rows[inside], photo_rows[inside]
+        by_tile = np.lexsort((photo_rows, tile_rows))
+        yield tile_rows[by_tile], photo_rows[by_tile]
+        start = end
+
+
+def _capped(tile_rows: IntArray, photo_rows: IntArray, ids: pa.Array, cap: int) -> tuple[IntArray, IntArray]:
+    """Keep at most `cap` photos of each tile, in the order of a hash of their ids."""
+    _, inverse, counts = np.unique(tile_rows, return_inverse=True, return_counts=True)
+    crowded = np.flatnonzero(counts[inverse] > cap)
+    if not crowded.size:
+        return tile_rows, photo_rows
+    # Hashes of crowded tiles' photos alone: elsewhere the order decides nothing.
+    rows, position = np.unique(photo_rows[crowded], return_inverse=True)
+    hashes = np.array([_hash(photo_id) for photo_id in ids.take(pa.array(rows)).to_pylist()], dtype=np.uint64)
+    order = np.lexsort((hashes[position], tile_rows[crowded]))
+    tiles_in_order = tile_rows[crowded][order]
+    starts = np.flatnonzero(np.diff(tiles_in_order, prepend=-1))
+    lengths = np.diff(np.append(starts, len(order)))
+    rank = np.arange(len(order)) - np.repeat(starts, lengths)
+    kept = np.ones(len(tile_rows), dtype=bool)
+    kept[crowded[order[rank >= cap]]] = False
+    return tile_rows[kept], photo_rows[kept]
+
+
+def _hash(photo_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(photo_id.encode(), digest_size=8).digest(), "big")
+
+
+def _concatenated(parts: list[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
+    if not parts:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

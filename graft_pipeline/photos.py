@@ -1,0 +1,424 @@
+"""Photos: Flickr's answers made rows, the rules that reject some, merging what is found into what is known.
+
+Flickr's client is in resources/flickr.py; image bytes are the business of ground_images.py.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline.errors import InputError
+from graft_pipeline.manifests import columns
+from graft_pipeline.regions import Region
+from graft_pipeline.schemas import FLICKR_PHOTOS
+
+logger = logging.getLogger(__name__)
+
+#: Flickr's geotag accuracy "street": the only one used (paper, section 3.2).
+STREET_ACCURACY = 16
+
+#: Shorter side that ground images have at least, where Flickr offers it.
+WANTED_SHORTER_SIDE_PX = 256
+
+#: Photos of a burst are taken in the same minute, at most so far from the one that is kept.
+BURST_RADIUS_M = 10.0
+
+#: How far before the watermark a search begins anew: Flickr's index lists some photos late.
+SEARCH_OVERLAP = timedelta(days=2)
+
+#: Suffixes of Flickr's uncropped sizes by nominal longer side, smallest first; the original last, as it may
+#: be huge, rotated or no JPEG. The square sizes `s` and `q` are crops and left out.
+_SIZES = {
+    "t": 100,
+    "m": 240,
+    "n": 320,
+    "w": 400,
+    "z": 640,
+    "c": 800,
+    "l": 1024,
+    "b": 1024,
+    "h": 1600,
+    "k": 2048,
+    "o": 100_000,
+}
+
+_PHOTO_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+_SCREENSHOT_TAGS = {"screenshot", "screenshots", "screencapture", "screengrab", "screencap"}
+_SCREENSHOT_TITLE = re.compile(r"screen ?shot[\s_\-]|screenshot$", re.IGNORECASE)
+_EARTH_RADIUS_M = 6_371_008.8
+
+
+@dataclass(frozen=True)
+class PhotoRows:
+    """What came of raw photo records.
+
+    Attributes:
+        table: FLICKR_PHOTOS rows, in the order found; ids may repeat, bursts are not looked for yet.
+        outside_region: records whose geotag is in another region, left to that one.
+        unreadable: records without a usable id.
+    """
+
+    table: pa.Table
+    outside_region: int
+    unreadable: int
+
+
+def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
+    """Coerce raw records of `flickr.photos.search` to rows, and reject what the rules exclude.
+
+    Flickr's types vary between answers (numbers come as strings and the reverse), so each field is coerced.
+    Times taken are the owner's clock without a zone: `taken_at_utc` takes solar time, `round(lon / 15)`
+    hours, and is left out unless the time is known to the second.
+
+    Args:
+        raw: photo records with the extras license, date_upload, date_taken, geo, tags, media and url_*.
+        region: the region that was searched.
+
+    Returns:
+        Rows and counts. Reasons of rejected rows, the first that applies: `bad_metadata`, `no_geotag`,
+        `not_a_photo`, `screenshot`, `accuracy_below_16`, `no_usable_url`.
+    """
+    rows: list[dict[str, Any]] = []
+    outside = unreadable = 0
+    for record in raw:
+        photo_id = str(record.get("id", ""))
+        if _PHOTO_ID.fullmatch(photo_id) is None:
+            unreadable += 1
+            continue
+        lon, lat = _number(record.get("longitude")), _number(record.get("latitude"))
+        accuracy = int(_number(record.get("accuracy")) or 0)
+        # Flickr answers 0/0/0 for photos without a geotag.
+        has_geotag = lon is not None and lat is not None and not (lon == lat == 0.0 and accuracy == 0)
+        if lon is None or lat is None or not has_geotag:
+            lon = lat = 0.0
+        elif not region.contains(lon, lat):
+            outside += 1
+            continue
+        uploaded = _number(record.get("dateupload"))
+        uploaded_at = _from_unix(uploaded)
+        owner = str(record.get("owner") or "")
+        taken_local, is_exact = _time_taken(record)
+        url, width, height = _image(record)
+        reason = None
+        if uploaded_at is None or not owner:
+            reason = "bad_metadata"
+        elif not has_geotag:
+            reason = "no_geotag"
+        elif _is_not_a_photo(record):
+            reason = "not_a_photo"
+        elif _is_screenshot(record):
+            reason = "screenshot"
+        elif accuracy < STREET_ACCURACY:
+            reason = "accuracy_below_16"
+        elif url is None:
+            reason = "no_usable_url"
+        license_id = record.get("license")
+        rows.append(
+            {
+                "photo_id": photo_id,
+                "owner_id": owner,
+                "title": _text(record.get("title")),
+                "tags": _text(record.get("tags")),
+                "license_id": None if license_id is None else str(license_id),
+                "lon_deg": lon,
+                "lat_deg": lat,
+                "accuracy": max(0, min(accuracy, 127)),
+                "uploaded_at_utc": uploaded_at or datetime(1970, 1, 1, tzinfo=UTC),
+                "taken_at_local": taken_local,
+                "taken_at_utc": _solar_utc(taken_local, lon) if taken_local and is_exact else None,
+                "is_taken_exact": is_exact,
+                "image_url": url,
+                "width_px": width,
+                "height_px": height,
+                "duplicate_of": None,
+                "status": "rejected" if reason else "ok",
+                "reason": reason,
+            }
+        )
+    if unreadable:
+        logger.warning("%d records without a usable photo id were left out", unreadable)
+    return PhotoRows(pa.Table.from_pylist(rows, schema=FLICKR_PHOTOS.schema), outside, unreadable)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _text(value: Any) -> str | None:
+    # Some answers wrap texts: {"_content": "..."}.
+    if isinstance(value, Mapping):
+        value = value.get("_content")
+    if value is None:
+        return None
+    # Lone surrogates cannot be stored as UTF-8.
+    return str(value).encode("utf-8", "replace").decode("utf-8").strip() or None
+
+
+def _from_unix(seconds: float | None) -> datetime | None:
+    # Flickr opened in 2004; what lies beyond 2100 is no date either.
+    if seconds is None or not 0 < seconds < 4_102_444_800:
+        return None
+    return datetime.fromtimestamp(int(seconds), tz=UTC)
+
+
+def _time_taken(record: Mapping[str, Any]) -> tuple[datetime | None, bool]:
+    """(local time taken, is it known to the second); `datetakenunknown` means the upload's time: dropped."""
+    if (_number(record.get("datetakenunknown")) or 0) != 0:
+        return None, False
+    try:
+        taken = datetime.strptime(str(record.get("datetaken")), "%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return None, False
+    granularity = _number(record.get("datetakengranularity"))
+    return taken, granularity is None or granularity == 0
+
+
+def _solar_utc(taken_local: datetime, lon_deg: float) -> datetime | None:
+    try:
+        return taken_local.replace(tzinfo=UTC) - timedelta(hours=round(lon_deg / 15))
+    except OverflowError:
+        return None
+
+
+def _image(record: Mapping[str, Any]) -> tuple[str | None, int | None, int | None]:
+    """URL, width and height of the smallest size that suffices, else of the largest there is."""
+    offered: list[tuple[float, int, str, int | None, int | None]] = []
+    for rank, (suffix, nominal_px) in enumerate(_SIZES.items()):
+        url = record.get(f"url_{suffix}")
+        if not isinstance(url, str) or not url.startswith("https://"):
+            continue
+        width, height = _number(record.get(f"width_{suffix}")), _number(record.get(f"height_{suffix}"))
+        if width is None or height is None or min(width, height) < 1:
+            # Three to four is the commonest shape.
+            offered.append((0.75 * nominal_px, rank, url, None, None))
+        else:
+            offered.append((min(width, height), rank, url, int(width), int(height)))
+    if not offered:
+        return None, None, None
+    enough = [size for size in offered if size[0] >= WANTED_SHORTER_SIDE_PX]
+    _, _, url, width_px, height_px = min(enough) if enough else max(offered, key=lambda size: size[:2])
+    return url, width_px, height_px
+
+
+def _is_not_a_photo(record: Mapping[str, Any]) -> bool:
+    # content_type: 1 photo, 2 screenshot, 3 other (drawings, renderings).
+    return str(record.get("media") or "photo") != "photo" or _number(record.get("content_type")) == 3
+
+
+def _is_screenshot(record: Mapping[str, Any]) -> bool:
+    tags = set((_text(record.get("tags")) or "").lower().split())
+    title = _text(record.get("title")) or ""
+    return (
+        _number(record.get("content_type")) == 2
+        or bool(tags & _SCREENSHOT_TAGS)
+        or _SCREENSHOT_TITLE.match(title) is not None
+    )
+
+
+def merge_photos(existing: pa.Table | None, found: pa.Table) -> pa.Table:
+    """Merge newly found photos into those of a region.
+
+    A row once stored stays as it is, so what was built on it holds: later records of the same id change
+    nothing. Of a burst (same owner, same minute taken, within BURST_RADIUS_M) the photo kept is the first by
+    (uploaded_at, photo_id), after those kept before; the others become `rejected`, reason `burst`, with
+    `duplicate_of`.
+
+    Args:
+        existing: FLICKR_PHOTOS rows of the region, None at first.
+        found: more of them, as `photo_rows` makes them; ids may repeat, in any order.
+
+    Returns:
+        FLICKR_PHOTOS rows, unique by photo_id, sorted by (uploaded_at, photo_id). Merging the same again
+        changes nothing; the order of the rows in `found` does not matter.
+    """
+    known = FLICKR_PHOTOS.empty() if existing is None else existing
+    new = found.filter(pc.invert(pc.is_in(found["photo_id"], known["photo_id"].combine_chunks())))
+    # Of several records of one id (overlapping discs, unstable paging) any rule will do that ignores their
+    # order.
+    new = new.sort_by([(name, "ascending") for name in (*FLICKR_PHOTOS.order, *_TIE_BREAKERS)])
+    new = _first_of_each(new, "photo_id")
+    merged = pa.concat_tables([known.cast(FLICKR_PHOTOS.schema), new.cast(FLICKR_PHOTOS.schema)])
+    is_new = np.arange(merged.num_rows) >= known.num_rows
+    merged = _mark_bursts(merged, is_new)
+    return merged.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order]).combine_chunks()
+
+
+_TIE_BREAKERS = (
+    "status",
+    "reason",
+    "lon_deg",
+    "lat_deg",
+    "image_url",
+    "taken_at_local",
+    "title",
+    "tags",
+    "license_id",
+)
+
+
+def _first_of_each(table: pa.Table, column: str) -> pa.Table:
+    values = table[column].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first = np.unique(values, return_index=True)
+    return table.take(pa.array(np.sort(first)))
+
+
+def _mark_bursts(table: pa.Table, is_new: npt.NDArray[np.bool_]) -> pa.Table:
+    """Reject new ok rows that belong to a burst; rows known before stay, and are what bursts are near to."""
+    status, is_exact, taken = columns(table, "status", "is_taken_exact", "taken_at_local")
+    rows = np.flatnonzero((status == "ok") & is_exact.astype(bool) & ~np.isnat(taken))
+    owner = table["owner_id"].combine_chunks().dictionary_encode().indices.to_numpy()[rows]
+    minute = taken[rows].astype("datetime64[m]").astype(np.int64)
+    _, group = np.unique(np.column_stack([owner, minute]), axis=0, return_inverse=True)
+    group = group.ravel()
+    # Within a group: what is known first, then by (uploaded_at, photo_id).
+    ordering = table.select(list(FLICKR_PHOTOS.order)).append_column("is_new", pa.array(is_new))
+    order = [("is_new", "ascending"), *((name, "ascending") for name in FLICKR_PHOTOS.order)]
+    rank = np.empty(table.num_rows, dtype=np.int64)
+    rank[pc.sort_indices(ordering, order).to_numpy()] = np.arange(table.num_rows)
+    by_group = np.lexsort((rank[rows], group))
+    starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
+    photo_ids, lon, lat = columns(table, "photo_id", "lon_deg", "lat_deg")
+    duplicate_of: dict[int, str] = {}
+    for start, end in zip(starts, np.append(starts[1:], len(by_group)), strict=True):
+        if end - start > 1:
+            members = rows[by_group[start:end]]
+            kept: list[int] = []
+            for row in members:
+                near = next(
+                    (k for k in kept if _distance_m(lon[k], lat[k], lon[row], lat[row]) <= BURST_RADIUS_M),
+                    None,
+                )
+                if near is None or not is_new[row]:
+                    kept.append(int(row))
+                else:
+                    duplicate_of[int(row)] = photo_ids[near]
+    if not duplicate_of:
+        return table
+    changed = np.fromiter(duplicate_of, dtype=np.int64, count=len(duplicate_of))
+    values = {"status": "rejected", "reason": "burst", "duplicate_of": None}
+    for name, value in values.items():
+        column = table[name].combine_chunks().to_numpy(zero_copy_only=False)
+        column = column.astype(object)
+        column[changed] = [duplicate_of[row] for row in changed.tolist()] if value is None else value
+        field = FLICKR_PHOTOS.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(column, field.type))
+    return table
+
+
+def _distance_m(lon_a: float, lat_a: float, lon_b: float, lat_b: float) -> float:
+    x = math.radians(lon_b - lon_a) * math.cos(math.radians((lat_a + lat_b) / 2))
+    return _EARTH_RADIUS_M * math.hypot(x, math.radians(lat_b - lat_a))
+
+
+def watermark(table: pa.Table) -> datetime | None:
+    """The last upload that a table knows of.
+
+    Args:
+        table: FLICKR_PHOTOS rows.
+
+    Returns:
+        The largest `uploaded_at_utc`, None without rows.
+    """
+    latest: datetime | None = pc.max(table["uploaded_at_utc"]).as_py()
+    return None if latest is None else latest.astimezone(UTC)
+
+
+def search_from(known: pa.Table, uploaded_from: str, *, full_refresh: bool = False) -> datetime:
+    """First upload time that a search has to ask for.
+
+    Args:
+        known: FLICKR_PHOTOS rows of the region.
+        uploaded_from: first upload date of the deployment, YYYY-MM-DD.
+        full_refresh: ask for everything again.
+
+    Returns:
+        SEARCH_OVERLAP before the watermark, but not before `uploaded_from`; UTC.
+
+    Raises:
+        InputError: if `uploaded_from` is no date.
+    """
+    try:
+        first = datetime.strptime(uploaded_from, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError as error:
+        raise InputError(f"{uploaded_from!r} is no date: write uploaded_from as YYYY-MM-DD.") from error
+    latest = watermark(known)
+    if full_refresh or latest is None:
+        return first
+    return max(first, latest - SEARCH_OVERLAP)
+
+
+def search_all(
+    locations: pa.Table,
+    search: Callable[[float, float, float, datetime, datetime], Iterable[dict[str, Any]]],
+    uploaded_from: datetime,
+    uploaded_to: datetime,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Search around every location of a region.
+
+    Args:
+        locations: SEARCH_LOCATIONS rows.
+        search: Flickr's client: (lon_deg, lat_deg, radius_km, uploaded_from, uploaded_to) to photo records.
+        uploaded_from: first upload time asked for.
+        uploaded_to: end of the upload times asked for.
+        progress: called with (done, total) locations.
+
+    Yields:
+        Raw photo records; discs overlap, so ids repeat.
+    """
+    places = locations.select(["lon_deg", "lat_deg", "radius_km"]).to_pylist()
+    for done, place in enumerate(places, start=1):
+        yield from search(place["lon_deg"], place["lat_deg"], place["radius_km"], uploaded_from, uploaded_to)
+        if progress:
+            progress(done, len(places))
+
+
+def by_status(
+    table: pa.Table,
+) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Where photos lie, by what became of them.
+
+    Args:
+        table: FLICKR_PHOTOS rows.
+
+    Returns:
+        `ok` first, then each reason: (lon_deg, lat_deg). Photos without a geotag are left out.
+    """
+    groups: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = {}
+    status, reason, lon, lat = columns(table, "status", "reason", "lon_deg", "lat_deg")
+    label = np.where(status == "ok", "ok", reason)
+    for name in sorted(set(label.tolist()) - {"no_geotag"}, key=lambda name: (name != "ok", name)):
+        groups[name] = (lon[label == name], lat[label == name])
+    return groups
+
+
+def eligible(photos: pa.Table, images: pa.Table, outdoor: pa.Table) -> pa.Table:
+    """Photos that may be paired: ok metadata, a stored image, an outdoor scene.
+
+    Args:
+        photos: FLICKR_PHOTOS rows of a region.
+        images: GROUND_IMAGES rows of it.
+        outdoor: OUTDOOR_PHOTOS rows of it.
+
+    Returns:
+        The FLICKR_PHOTOS rows that are all three, in their order.
+    """
+    stored = images.filter(pc.equal(images["status"], "ok"))["photo_id"].combine_chunks()
+    outside = outdoor.filter(outdoor["is_outdoor"])["photo_id"].combine_chunks()
+    chosen = pc.and_(pc.is_in(photos["photo_id"], stored), pc.is_in(photos["photo_id"], outside))
+    return photos.filter(pc.and_(chosen, pc.equal(photos["status"], "ok")))
