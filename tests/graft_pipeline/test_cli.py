@@ -1,0 +1,95 @@
+"""The command line as its users meet it: help, exit codes, messages."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = [[], ["demo"], ["planet"], ["planet", "serve"], ["areas"], ["areas", "add"], ["areas", "list"], ["query"], ["status"]]
+
+
+def graft(*arguments: str, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    variables = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment}
+    if root:
+        variables["GRAFT_ROOT"] = str(root)
+    command = [sys.executable, "-m", "graft_pipeline.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=120)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command) or "graft")
+def test_help_says_what_a_command_does(command: list[str]) -> None:
+    done = graft(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_an_unknown_command_is_wrong_usage() -> None:
+    assert graft("no-such-command").returncode == 2
+
+
+def test_a_missing_area_file_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    done = graft("areas", "add", "nowhere.geojson", root=tmp_path)
+    assert done.returncode == 1
+    assert "nowhere.geojson" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_real_state_is_registered_and_listed(real_data: Path, tmp_path: Path) -> None:
+    states = str(real_data / "us_states.geojson")
+    done = graft("areas", "add", states, "--where", "name='Rhode Island'", "--name", "rhode-island", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Rhode Island lies between 71.1 and 71.9 W, 41.1 and 42.0 N, with Block Island: one or two degree cells.
+    listed = graft("areas", "list", root=tmp_path)
+    assert "rhode-island" in listed.stdout
+    assert "-71.9" in listed.stdout
+    nothing = graft("areas", "add", states, "--where", "name='Atlantis'", root=tmp_path)
+    assert nothing.returncode == 1
+    assert "Atlantis" in nothing.stderr
+
+
+def test_query_answers_on_an_empty_deployment_and_explains_wrong_sql(tmp_path: Path) -> None:
+    done = graft("query", "SELECT count(*) AS pairs FROM pairs", "--csv", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(csv.reader(io.StringIO(done.stdout))) == [["pairs"], ["0"]]
+    wrong = graft("query", "SELECT * FROM no_such_view", root=tmp_path)
+    assert wrong.returncode == 1
+    assert "flickr_photos" in wrong.stderr
+
+
+def test_status_without_anything_says_what_to_do(tmp_path: Path) -> None:
+    done = graft("status", root=tmp_path)
+    assert done.returncode == 0
+    assert "graft areas add" in done.stdout
+
+
+def test_settings_errors_are_messages(tmp_path: Path) -> None:
+    done = graft("status", root=tmp_path, GRAFT_GRID_DEG="0.7")
+    assert done.returncode == 1
+    assert "GRAFT_GRID_DEG" in done.stderr
+
+
+def test_a_demo_never_deletes_a_folder_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("x")
+    done = graft("demo", "--folder", str(tmp_path))
+    assert done.returncode == 1
+    assert (tmp_path / "precious.txt").read_text() == "x"
+
+
+def test_a_mount_without_a_file_is_wrong_usage() -> None:
+    assert graft("planet", "serve", "--mount", "naip", "--port", "0").returncode == 2
+
+
+def test_an_area_from_geojson_without_python(tmp_path: Path) -> None:
+    ring = [[-71.4, 42.1], [-71.2, 42.1], [-71.2, 42.2], [-71.4, 42.2], [-71.4, 42.1]]
+    file = tmp_path / "mine.geojson"
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    done = graft("areas", "add", str(file), root=tmp_path / "data", GRAFT_GRID_DEG="0.25")
+    assert done.returncode == 0, done.stderr
+    assert "mine: 2 regions" in done.stdout

@@ -1,0 +1,122 @@
+"""A newcomer's walk through the Dagster UI after the demo, in a headless Chromium: `make test-browser`."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parents[1]
+#: Where screenshots go for people to look at; a temporary folder unless set.
+SHOTS = os.environ.get("GRAFT_SCREENSHOTS")
+#: Loading the code location and rendering a graph on two busy cores.
+PATIENCE_MS = 120_000
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo of two regions, run by the command line."""
+    folder = tmp_path_factory.mktemp("browser") / "demo"
+    command = [sys.executable, "-m", "graft_pipeline.cli", "demo", "--small", "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ui(demo_folder: Path) -> Iterator[str]:
+    """The Dagster UI on the demo's instance, as `make ui` starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "GRAFT_ENV_FILE": str(demo_folder / "settings.env"),
+        "DAGSTER_HOME": str(demo_folder / "dagster_home"),
+    }
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(ROOT / "workspace.yaml"), "-p", str(port)]
+    log = demo_folder / "ui.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=demo_folder)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/server_info", timeout=5):
+                    break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+        yield url
+    finally:
+        # SIGINT, as Ctrl-C would: dagster dev then stops its webserver and daemon too.
+        server.send_signal(2)
+        server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A page of Debian's Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("chromium is not installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        arguments = [
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync",
+        ]
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(PATIENCE_MS)
+        yield page
+        browser.close()
+
+
+def shot(page: Any, name: str) -> None:
+    """Keep a screenshot if somebody wants to look."""
+    if SHOTS:
+        page.wait_for_timeout(1500)
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
+
+
+def test_the_asset_graph_shows_every_group(ui: str, page: Any) -> None:
+    page.goto(f"{ui}/asset-groups")
+    for name in ("ground", "naip", "sentinel2", "areas", "sources"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    shot(page, "asset_graph")
+
+
+def test_a_region_partition_shows_its_preview(ui: str, page: Any) -> None:
+    page.goto(f"{ui}/assets/naip/pairs?view=partitions&partition=N42.00W071.50")
+    page.get_by_text("N42.00W071.50").first.wait_for()
+    page.get_by_text("dagster/row_count").first.wait_for()
+    page.get_by_text(re.compile("Show Markdown", re.IGNORECASE)).first.click()
+    page.locator("img[src^='data:image/']").first.wait_for()
+    shot(page, "pairs_partition")
+
+
+def test_scores_are_materialised_with_pictures(ui: str, page: Any) -> None:
+    page.goto(f"{ui}/assets/naip/zero_shot_scores?view=events")
+    page.get_by_text("accuracy/image_encoder").first.wait_for()
+    page.get_by_text(re.compile("Show Markdown", re.IGNORECASE)).first.click()
+    page.locator("img[src^='data:image/']").first.wait_for()
+    shot(page, "zero_shot_scores")
+
+
+def test_checks_passed(ui: str, page: Any) -> None:
+    page.goto(f"{ui}/assets/naip/tiles?view=checks")
+    page.get_by_text("center_spacing").first.wait_for()
+    shot(page, "tiles_checks")
