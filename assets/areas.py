@@ -26,11 +26,18 @@ def regions(
     """Cells of the lon/lat grid that the registered areas touch; adds their keys to the region partitions."""
     registered = areas.list_areas(storage.areas_folder)
     if not registered:
-        raise InputError("No area is registered: run `graft areas add FILE` with any vector file of polygons.")
+        raise InputError(
+            "No area is registered: run `graft areas add FILE` with any vector file of polygons."
+        )
     table = areas.regions_table(registered, world.grid_deg)
     changed = storage.write(schemas.REGIONS, table)
     keys = sorted(set(table["region"].to_pylist()))
     context.instance.add_dynamic_partitions(REGION_PARTITIONS.name, keys)
     return report_table(
-        schemas.REGIONS, table, changed=changed, areas=len(registered), regions=len(keys), keys=", ".join(keys[:50])
+        schemas.REGIONS,
+        table,
+        changed=changed,
+        areas=len(registered),
+        regions=len(keys),
+        keys=", ".join(keys[:50]),
     )

@@ -28,7 +28,9 @@ def build_external_assets(settings: Settings) -> list[dg.AssetSpec]:
             description="Geotagged photos of Flickr (flickr.photos.search). Their owners keep their rights: each row "
             "keeps its licence, and photos that disappear there are to be removed here.",
             kinds={"flickr"},
-            metadata={"url": dg.MetadataValue.url("https://www.flickr.com/services/api/flickr.photos.search.html")},
+            metadata={
+                "url": dg.MetadataValue.url("https://www.flickr.com/services/api/flickr.photos.search.html")
+            },
         )
     ]
     for sensor in settings.sensor_records.values():
@@ -47,7 +49,7 @@ def build_external_assets(settings: Settings) -> list[dg.AssetSpec]:
             dg.AssetSpec(
                 FOUNDATION_KEY,
                 group_name="sources",
-                description=f"CLIP {settings.foundation_architecture}, weights {settings.foundation_pretrained}; frozen.",
+                description=f"Frozen CLIP {settings.foundation_architecture}, {settings.foundation_pretrained}.",
                 kinds={"pytorch"},
             )
         )

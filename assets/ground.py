@@ -25,7 +25,7 @@ from resources.storage import Storage
 RETRY = dg.RetryPolicy(max_retries=2, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 
 
-def ground_asset(dataset: schemas.Dataset, **options):  # noqa: ANN003, ANN201
+def ground_asset(dataset: schemas.Dataset, **options):
     """An asset of the `ground` group, partitioned by region, whose table is `dataset`."""
     return dg.asset(
         name=dataset.name,
@@ -46,7 +46,9 @@ class FlickrPhotosConfig(dg.Config):
     full_refresh: bool = False
 
 
-@ground_asset(schemas.SEARCH_LOCATIONS, deps=["regions"], code_version=code_version(sampling), kinds={"parquet"})
+@ground_asset(
+    schemas.SEARCH_LOCATIONS, deps=["regions"], code_version=code_version(sampling), kinds={"parquet"}
+)
 def search_locations(
     context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
 ) -> dg.MaterializeResult:
@@ -176,12 +178,20 @@ def outdoor_photos(
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)
     images = storage.read(schemas.GROUND_IMAGES, region=key)
     table = embeddings.score_outdoor(
-        storage.read(schemas.GROUND_EMBEDDINGS, region=key), images, folder, scene_classifier, world.outdoor_threshold
+        storage.read(schemas.GROUND_EMBEDDINGS, region=key),
+        images,
+        folder,
+        scene_classifier,
+        world.outdoor_threshold,
     )
     changed = storage.write(schemas.OUTDOOR_PHOTOS, table, region=key)
     picture = sheets.outdoor_sheet(images, table, folder, seed=world.seed)
     share = float(np.mean(table["is_outdoor"].to_numpy(zero_copy_only=False))) if table.num_rows else 0.0
     return report_table(
-        schemas.OUTDOOR_PHOTOS, table, changed=changed, picture=picture, outdoor_share=share,
+        schemas.OUTDOOR_PHOTOS,
+        table,
+        changed=changed,
+        picture=picture,
+        outdoor_share=share,
         classifier=scene_classifier.classifier_id,
     )

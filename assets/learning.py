@@ -4,10 +4,9 @@ The learning itself is in training/ and runs without Dagster; scores are in asse
 """
 
 import dagster as dg
-import pyarrow as pa
 
 from assets.external import FOUNDATION_KEY
-from assets.reporting import OWNERS, check_result, check_specs, report_table, table_schema
+from assets.reporting import OWNERS, check_specs, report_table, table_schema
 from graft_pipeline import chips, embeddings, previews, rules, schemas, training_sets
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
@@ -19,12 +18,12 @@ from resources.foundation import FoundationModel
 from resources.storage import Storage
 
 
-def encoder_folder(storage: Storage, sensor: Sensor, level: str):  # noqa: ANN201
+def encoder_folder(storage: Storage, sensor: Sensor, level: str):
     """Where a trained encoder lies: an open_clip folder."""
     return storage.models_folder / f"sensor={sensor.name}" / f"{level}_encoder" / "encoder"
 
 
-def local_model(folder):  # noqa: ANN001, ANN201
+def local_model(folder):
     """Load an open_clip folder of the storage as training.encoders.Clip."""
     from training.encoders import load_clip
 
@@ -57,14 +56,23 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         """Snapshot of all regions' pairs with their splits and embeddings, named by its content's fingerprint."""
         made = training_sets.build_training_set(storage.root, sensor)
         table = training_sets.read(made.folder)
-        tiles = [storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)]
+        tiles = [
+            storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)
+        ]
         picture = previews.density_map(
-            table["lon_deg"].to_numpy(), table["lat_deg"].to_numpy(), title=f"{sensor.name} pairs (paper, figure 4)"
+            table["lon_deg"].to_numpy(),
+            table["lat_deg"].to_numpy(),
+            title=f"{sensor.name} pairs (paper, figure 4)",
         )
         return report_table(
-            schemas.TRAINING_PAIRS, table, changed=made.is_new, picture=picture,
+            schemas.TRAINING_PAIRS,
+            table,
+            changed=made.is_new,
+            picture=picture,
             findings=[rules.split_disjointness(tiles, table)],
-            fingerprint=made.fingerprint, tiles=made.tiles, photos=made.photos,
+            fingerprint=made.fingerprint,
+            tiles=made.tiles,
+            photos=made.photos,
             **{f"pairs/{split}": count for split, count in made.pairs_by_split.items()},
         )
 
@@ -97,8 +105,12 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
         return encoder
 
-    image_encoder = encoder_asset("image", "f_S^I: satellite images in the foundation model's space (paper, Eq. 2).")
-    pixel_encoder = encoder_asset("pixel", "f_S^P: satellite patches in the foundation model's space (paper, Eq. 3).")
+    image_encoder = encoder_asset(
+        "image", "f_S^I: satellite images in the foundation model's space (paper, Eq. 2)."
+    )
+    pixel_encoder = encoder_asset(
+        "pixel", "f_S^P: satellite patches in the foundation model's space (paper, Eq. 3)."
+    )
 
     @dg.asset(
         **options,
@@ -112,7 +124,9 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         check_specs=check_specs([sensor.name, "chip_embeddings"]),
     )
     def chip_embeddings(
-        context: dg.AssetExecutionContext, storage: dg.ResourceParam[Storage], progress: dg.ResourceParam[Progress]
+        context: dg.AssetExecutionContext,
+        storage: dg.ResourceParam[Storage],
+        progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """f_S^I of every chip's central crop, for search and maps."""
         from training.encoders import encode_images
@@ -120,7 +134,7 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         place = {"sensor": sensor.name, "region": context.partition_key}
         clip = local_model(encoder_folder(storage, sensor, "image"))
 
-        def embed(contents):  # noqa: ANN001, ANN202
+        def embed(contents):
             return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)
 
         table = embeddings.embed_chips(
@@ -138,7 +152,7 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     return [training_set, image_encoder, pixel_encoder, chip_embeddings]
 
 
-def training_result(result, title: str, snapshot: str) -> dg.MaterializeResult:  # noqa: ANN001
+def training_result(result, title: str, snapshot: str) -> dg.MaterializeResult:
     """Curves and costs of a training."""
     steps = [row["step"] for row in result.history]
     series = {"training loss": (steps, [row["loss"] for row in result.history])}

@@ -27,7 +27,9 @@ OTHER_PLANET = 1_000_003
 
 @dg.asset(key=FOUNDATION_KEY, group_name="sources", owners=OWNERS, kinds={"pytorch"}, pool="gpu")
 def planet_foundation(
-    world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage], progress: dg.ResourceParam[Progress]
+    world: dg.ResourceParam[Settings],
+    storage: dg.ResourceParam[Storage],
+    progress: dg.ResourceParam[Progress],
 ) -> dg.MaterializeResult:
     """The planet's stand-in for OpenAI's CLIP: learned from captioned ground photos of another planet, then frozen."""
     from training.foundation import train_foundation
@@ -41,7 +43,9 @@ def planet_foundation(
     )
     sheet = previews.contact_sheet(images[:24], captions[:24], cell_px=110, columns=6)
     steps = list(range(1, len(result.losses) + 1))
-    curve = previews.curves({"contrastive loss": (steps, result.losses)}, title="Foundation model", ylabel="loss")
+    curve = previews.curves(
+        {"contrastive loss": (steps, result.losses)}, title="Foundation model", ylabel="loss"
+    )
     return dg.MaterializeResult(
         metadata={
             "captioned_photos": len(captions),
@@ -66,14 +70,16 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     """
     options = {"key_prefix": sensor.name, "group_name": sensor.name, "owners": OWNERS}
 
-    def benchmark_file(storage: Storage):  # noqa: ANN202
+    def benchmark_file(storage: Storage):
         return storage.root / "benchmarks" / f"sensor={sensor.name}" / "benchmark.npz"
 
     @dg.asset(
         **options,
         kinds={"numpy", "earthengine"},
         pool="earth_engine",
-        check_specs=check_specs([sensor.name, "benchmark"], "no_training_ground", partitioned=False, schema=False),
+        check_specs=check_specs(
+            [sensor.name, "benchmark"], "no_training_ground", partitioned=False, schema=False
+        ),
     )
     def benchmark(
         world: dg.ResourceParam[Settings],
@@ -84,11 +90,17 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         """Labelled crops of ground that no training tile touches; for evaluation only."""
         truth = PlanetTruth(world.planet.url)
         made = build_benchmark(
-            truth, earth_engine, sensor, world.benchmark_bounds, seed=world.seed,
+            truth,
+            earth_engine,
+            sensor,
+            world.benchmark_bounds,
+            seed=world.seed,
             progress=progress.task(f"{sensor.name} benchmark"),
         )
         made.save(benchmark_file(storage))
-        tiles = [storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)]
+        tiles = [
+            storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)
+        ]
         order = np.argsort(made.labels, kind="stable")[:: max(1, len(made.labels) // 48)]
         sheet = previews.contact_sheet(
             [made.chips[n] for n in order], [made.classes[made.labels[n]] for n in order], cell_px=90
@@ -105,7 +117,12 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             check_results=[check_result(rules.no_training_ground(tiles, made.squares))],
         )
 
-    @dg.asset(**options, deps=[benchmark, [sensor.name, "image_encoder"], FOUNDATION_KEY], kinds={"pytorch"}, pool="gpu")
+    @dg.asset(
+        **options,
+        deps=[benchmark, [sensor.name, "image_encoder"], FOUNDATION_KEY],
+        kinds={"pytorch"},
+        pool="gpu",
+    )
     def zero_shot_scores(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Classification and retrieval of the image-level encoder beside the frozen foundation model and chance."""
         from training.zero_shot.prompts import load_prompts
@@ -120,20 +137,27 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         scores = score_images(contenders, made.chips, made.labels, prompts)
         pictures = {
             "accuracy_and_mAP": previews.bars(
-                previews.by_metric(scores.metrics), title=f"{sensor.name}: zero-shot, image level", ylabel="score"
+                previews.by_metric(scores.metrics),
+                title=f"{sensor.name}: zero-shot, image level",
+                ylabel="score",
             ),
             **{
-                f"confusion_{name}": previews.confusion(of.confusion, made.classes, title=f"{sensor.name}: {name}")
+                f"confusion_{name}": previews.confusion(
+                    of.confusion, made.classes, title=f"{sensor.name}: {name}"
+                )
                 for name, of in scores.classification.items()
             },
-            **{
-                f"top_retrievals_{name}": retrieval_sheet(made, top) for name, top in scores.top.items()
-            },
+            **{f"top_retrievals_{name}": retrieval_sheet(made, top) for name, top in scores.top.items()},
         }
         write_scores(scores_folder(storage, sensor.name), "zero_shot", scores.metrics, pictures)
         return scores_result(scores.metrics, pictures)
 
-    @dg.asset(**options, deps=[benchmark, [sensor.name, "pixel_encoder"], FOUNDATION_KEY], kinds={"pytorch"}, pool="gpu")
+    @dg.asset(
+        **options,
+        deps=[benchmark, [sensor.name, "pixel_encoder"], FOUNDATION_KEY],
+        kinds={"pytorch"},
+        pool="gpu",
+    )
     def segmentation_scores(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Segmentation of the pixel-level encoder beside the frozen foundation model's patches and chance."""
         from training.zero_shot.prompts import load_prompts
@@ -148,7 +172,9 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         scores = score_segmentation(contenders, made.segmentation_chips, made.masks, prompts)
         pictures = {
             "segmentation": previews.bars(
-                previews.by_metric(scores.metrics), title=f"{sensor.name}: zero-shot, pixel level", ylabel="score"
+                previews.by_metric(scores.metrics),
+                title=f"{sensor.name}: zero-shot, pixel level",
+                ylabel="score",
             ),
             "segmentation_overlays": overlay_sheet(made, scores.maps),
             **{
@@ -165,7 +191,9 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     return [benchmark, zero_shot_scores, segmentation_scores]
 
 
-def scores_result(metrics: dict[str, dict[str, dict[str, float]]], pictures: dict[str, bytes]) -> dg.MaterializeResult:
+def scores_result(
+    metrics: dict[str, dict[str, dict[str, float]]], pictures: dict[str, bytes]
+) -> dg.MaterializeResult:
     """Metrics as plottable numbers, pictures as Markdown."""
     numbers = {
         f"{metric}/{contender}": round(value, 4)
@@ -185,7 +213,7 @@ def retrieval_sheet(made: Benchmark, top: np.ndarray) -> bytes:
         [made.classes[query] for _, query in numbers],
         columns=top.shape[1],
         cell_px=72,
-        frames=[(34, 136, 51) if made.labels[n] == query else (204, 51, 17) for n, query in numbers],
+        frames=[previews.RIGHT if made.labels[n] == query else previews.WRONG for n, query in numbers],
     )
 
 

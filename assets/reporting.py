@@ -27,7 +27,9 @@ def table_schema(dataset: Dataset) -> dg.TableSchema:
                 field.name,
                 type=str(field.type),
                 description=(field.metadata or {}).get(b"description", b"").decode(),
-                constraints=dg.TableColumnConstraints(nullable=field.nullable, unique=dataset.key == (field.name,)),
+                constraints=dg.TableColumnConstraints(
+                    nullable=field.nullable, unique=dataset.key == (field.name,)
+                ),
             )
             for field in dataset.schema
         ]

@@ -53,7 +53,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         `scenes`, `tiles`, `chips`, `pairs`.
     """
 
-    def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):  # noqa: ANN003, ANN202
+    def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
         return dg.asset(
             name=dataset.name,
             key_prefix=sensor.name,
@@ -106,8 +106,13 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         usable = eligible_photos(storage, region.key)
         known = storage.read(schemas.TILES, sensor=sensor.name, region=region.key)
         table = sampling.sample_tiles(
-            usable, region, sensor, None if config.full_refresh else known,
-            mode=world.sampling, seed=world.seed, validation_fraction=world.validation_fraction,
+            usable,
+            region,
+            sensor,
+            None if config.full_refresh else known,
+            mode=world.sampling,
+            seed=world.seed,
+            validation_fraction=world.validation_fraction,
         )
         changed = storage.write(schemas.TILES, table, sensor=sensor.name, region=region.key)
         layers = {
@@ -115,13 +120,19 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             "tiles": (table["center_lon_deg"].to_numpy(), table["center_lat_deg"].to_numpy()),
         }
         title = f"{sensor.name} tiles of {region.key}"
-        findings = [rules.center_spacing(table, sensor)] if world.sampling == "non_overlapping" else [
-            rules.Finding("center_spacing", 0, f"does not apply to sampling {world.sampling!r}")
-        ]
+        findings = (
+            [rules.center_spacing(table, sensor)]
+            if world.sampling == "non_overlapping"
+            else [rules.Finding("center_spacing", 0, f"does not apply to sampling {world.sampling!r}")]
+        )
         return report_table(
-            schemas.TILES, table, changed=changed, findings=findings,
+            schemas.TILES,
+            table,
+            changed=changed,
+            findings=findings,
             picture=previews.scatter_map(layers, title=title, bounds=region.bounds),
-            usable_photos=usable.num_rows, new_tiles=table.num_rows - (0 if config.full_refresh else known.num_rows),
+            usable_photos=usable.num_rows,
+            new_tiles=table.num_rows - (0 if config.full_refresh else known.num_rows),
         )
 
     @sensor_asset(
@@ -147,8 +158,14 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         folder = storage.folder(schemas.CHIPS, **place)
         requests = earth_engine.requests
         table, changed = chips.update(
-            tiles, listed, taken, sensor, folder, earth_engine.get_chip,
-            concurrency=earth_engine.concurrency, max_attempts=world.max_attempts,
+            tiles,
+            listed,
+            taken,
+            sensor,
+            folder,
+            earth_engine.get_chip,
+            concurrency=earth_engine.concurrency,
+            max_attempts=world.max_attempts,
             progress=progress.task(f"{context.partition_key} {sensor.name} chips"),
         )
         findings = [
@@ -156,8 +173,11 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             rules.cloud_and_time(table, tiles, taken, listed, sensor),
         ]
         return report_table(
-            schemas.CHIPS, table, changed=changed, findings=findings,
-            picture=sheets.chip_sheet(table, folder, chips.decode, seed=world.seed),
+            schemas.CHIPS,
+            table,
+            changed=changed,
+            findings=findings,
+            picture=sheets.chip_sheet(table, folder, seed=world.seed),
             earth_engine_requests=earth_engine.requests - requests,
         )
 
@@ -171,7 +191,9 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         kinds={"parquet"},
     )
     def pairs_asset(
-        context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
+        context: dg.AssetExecutionContext,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
     ) -> dg.MaterializeResult:
         region = Region.parse(context.partition_key, world.grid_deg)
         place = {"sensor": sensor.name, "region": region.key}
@@ -185,11 +207,17 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             rules.split_disjointness([tiles], table),
         ]
         return report_table(
-            schemas.PAIRS, table, changed=changed, findings=findings,
+            schemas.PAIRS,
+            table,
+            changed=changed,
+            findings=findings,
             picture=sheets.pair_sheet(
-                table, made, storage.folder(schemas.CHIPS, **place),
+                table,
+                made,
+                storage.folder(schemas.CHIPS, **place),
                 storage.read(schemas.GROUND_IMAGES, region=region.key),
-                storage.folder(schemas.GROUND_IMAGES, region=region.key), seed=world.seed,
+                storage.folder(schemas.GROUND_IMAGES, region=region.key),
+                seed=world.seed,
             ),
             tiles=pc.count_distinct(table["tile_id"]).as_py(),
             photos=pc.count_distinct(table["photo_id"]).as_py(),

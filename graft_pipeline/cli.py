@@ -14,9 +14,13 @@ from graft_pipeline.errors import GraftError
 if TYPE_CHECKING:
     from resources.storage import Storage
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 areas_app = typer.Typer(no_args_is_help=True, help="Register the areas whose regions are collected.")
-planet_app = typer.Typer(no_args_is_help=True, help="The embedded world that answers Flickr's and Earth Engine's APIs.")
+planet_app = typer.Typer(
+    no_args_is_help=True, help="The embedded world that answers Flickr's and Earth Engine's APIs."
+)
 app.add_typer(areas_app, name="areas")
 app.add_typer(planet_app, name="planet")
 
@@ -61,8 +65,12 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Which planet: two seeds are two different worlds.")] = 0,
-    folder: Annotated[Path, typer.Option(help="Where data, Dagster's state, report and scores go.")] = Path("demo"),
-    small: Annotated[bool, typer.Option("--small", help="Two regions and few steps: a smoke test, not a result.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where data, Dagster's state, report and scores go.")] = Path(
+        "demo"
+    ),
+    small: Annotated[
+        bool, typer.Option("--small", help="Two regions and few steps: a smoke test, not a result.")
+    ] = False,
 ) -> None:
     """Run the whole pipeline on the embedded planet and print the scores."""
     from graft_pipeline.demo import run_demo
@@ -75,11 +83,17 @@ def planet_serve(
     seed: Annotated[int, typer.Option(help="Which planet.")] = 0,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 8750,
     latency_ms: Annotated[float, typer.Option(min=0, help="Added to every answer.")] = 0.0,
-    quota: Annotated[float | None, typer.Option(help="Requests a second; above it the answer is 429.")] = None,
-    fault_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that end in a fault.")] = 0.0,
+    quota: Annotated[
+        float | None, typer.Option(help="Requests a second; above it the answer is 429.")
+    ] = None,
+    fault_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests that end in a fault.")
+    ] = 0.0,
     mount: Annotated[
         list[str] | None,
-        typer.Option(help="SENSOR=FILE.tif: serve a real GeoTIFF as a scene of that sensor's collection. Repeatable."),
+        typer.Option(
+            help="SENSOR=FILE.tif: serve a real GeoTIFF as a scene of that sensor's collection. Repeatable."
+        ),
     ] = None,
 ) -> None:
     """Serve a planet on loopback until interrupted; point GRAFT_PLANET__URL at it."""
@@ -98,9 +112,13 @@ def planet_serve(
 
 @areas_app.command("add")
 def areas_add(
-    file: Annotated[Path, typer.Argument(help="Any vector file that geopandas reads: GeoJSON, GeoPackage, Shapefile ...")],
+    file: Annotated[
+        Path, typer.Argument(help="Any vector file that geopandas reads: GeoJSON, GeoPackage, Shapefile ...")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the area; default: the file's.")] = None,
-    where: Annotated[str | None, typer.Option(help="Features to take, in SQL: \"name='Rhode Island'\".")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Features to take, in SQL: \"name='Rhode Island'\".")
+    ] = None,
 ) -> None:
     """Register an area; `regions` then makes its regions partitions."""
     from graft_pipeline import areas
@@ -124,7 +142,11 @@ def areas_list() -> None:
     grid_deg = load_settings().grid_deg
     registered = areas.list_areas(_storage().areas_folder)
     rows = [
-        [area.name, len(regions_touching(area.geometry, grid_deg)), *(f"{v:.3f}" for v in area.geometry.bounds)]
+        [
+            area.name,
+            len(regions_touching(area.geometry, grid_deg)),
+            *(f"{v:.3f}" for v in area.geometry.bounds),
+        ]
         for area in registered
     ]
     _table("Areas", ["area", "regions", "west", "south", "east", "north"], rows)
@@ -157,7 +179,11 @@ def query(
         writer.writerow(columns)
         writer.writerows(rows)
     else:
-        _table(f"{len(rows)} rows{' (limit)' if limit and len(rows) == limit else ''}", columns, [list(r) for r in rows])
+        _table(
+            f"{len(rows)} rows{' (limit)' if limit and len(rows) == limit else ''}",
+            columns,
+            [list(r) for r in rows],
+        )
 
 
 @app.command()
@@ -167,7 +193,9 @@ def status() -> None:
 
     rows, columns = region_status(_storage())
     if not rows:
-        typer.echo("Nothing is materialised yet: register an area (graft areas add FILE) and materialise `regions`.")
+        typer.echo(
+            "Nothing is materialised yet: register an area (graft areas add FILE) and materialise `regions`."
+        )
         raise typer.Exit
     _table("Rows per region (ok / all where rows can fail)", columns, rows)
 

@@ -10,7 +10,13 @@ import dagster as dg
 
 from assets.areas import regions
 from assets.external import build_external_assets
-from assets.ground import flickr_photos, ground_embeddings, ground_images_asset, outdoor_photos, search_locations
+from assets.ground import (
+    flickr_photos,
+    ground_embeddings,
+    ground_images_asset,
+    outdoor_photos,
+    search_locations,
+)
 from assets.learning import build_learning_assets
 from assets.planet import build_planet_assets, planet_foundation
 from assets.sensors import build_sensor_assets
@@ -26,7 +32,9 @@ from resources.storage import Storage
 from resources.world import open_world
 
 
-@dg.resource(description="Settings of the world this run talks to: GRAFT_ variables; starts the planet if no key is set.")
+@dg.resource(
+    description="Settings of the world this run talks to: GRAFT_ variables; starts the planet if no key is set."
+)
 def world(_context: dg.InitResourceContext) -> Iterator[Settings]:
     """Settings of a run; with no keys, of a planet that lives as long as the run."""
     with open_world(load_settings()) as settings:
@@ -39,7 +47,10 @@ def storage(context: dg.InitResourceContext) -> Storage:
     return Storage(context.resources.world.root)
 
 
-@dg.resource(required_resource_keys={"world"}, description="Flickr; keys from GRAFT_FLICKR_KEY and GRAFT_FLICKR_SECRET.")
+@dg.resource(
+    required_resource_keys={"world"},
+    description="Flickr; keys from GRAFT_FLICKR_KEY and GRAFT_FLICKR_SECRET.",
+)
 def flickr(context: dg.InitResourceContext) -> FlickrClient:
     """Photo search."""
     return FlickrClient.from_settings(context.resources.world)
@@ -63,7 +74,10 @@ def earth_engine(context: dg.InitResourceContext) -> EarthEngine:
 def foundation(context: dg.InitResourceContext) -> FoundationModel:
     """The foundation model of the settings, or the planet's own."""
     settings = context.resources.world
-    if settings.is_planet and settings.foundation_architecture == Settings.model_fields["foundation_architecture"].default:
+    if (
+        settings.is_planet
+        and settings.foundation_architecture == Settings.model_fields["foundation_architecture"].default
+    ):
         return FoundationModel.from_folder(context.resources.storage.models_folder / "foundation")
     return FoundationModel(settings.foundation_architecture, settings.foundation_pretrained)
 
@@ -96,7 +110,12 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     settings = settings or load_settings()
     sensors = list(settings.sensor_records.values())
     assets: list[Any] = [
-        regions, search_locations, flickr_photos, ground_images_asset, ground_embeddings, outdoor_photos,
+        regions,
+        search_locations,
+        flickr_photos,
+        ground_images_asset,
+        ground_embeddings,
+        outdoor_photos,
         *build_external_assets(settings),
     ]
     for sensor in sensors:
@@ -106,8 +125,14 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     if settings.is_planet:
         assets.append(planet_foundation)
     resources = {
-        "world": world, "storage": storage, "flickr": flickr, "images": images, "earth_engine": earth_engine,
-        "foundation": foundation, "scene_classifier": scene_classifier, "progress": progress,
+        "world": world,
+        "storage": storage,
+        "flickr": flickr,
+        "images": images,
+        "earth_engine": earth_engine,
+        "foundation": foundation,
+        "scene_classifier": scene_classifier,
+        "progress": progress,
     }
     return dg.Definitions(
         assets=assets,

@@ -17,7 +17,15 @@ from typing import Any
 
 import dagster as dg
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from graft_pipeline import automation
 from graft_pipeline.errors import GraftError
@@ -149,7 +157,9 @@ class Runner:
         self._job = definitions.resolve_implicit_global_asset_job_def()
         self._instance = instance
 
-    def materialise(self, *keys: dg.AssetKey, partition: str | None = None, config: dict[str, Any] | None = None) -> None:
+    def materialise(
+        self, *keys: dg.AssetKey, partition: str | None = None, config: dict[str, Any] | None = None
+    ) -> None:
         """Run assets, upstream first, as the UI's Materialize button does.
 
         Raises:
@@ -195,12 +205,20 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
     storage = Storage(settings.root)
     areas.register_area(storage.areas_folder, areas.read_area(folder / "area.geojson", name="demo"))
     bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         console=console,
     )
     sensors = list(settings.sensor_records)
     started = time.perf_counter()
-    with PlanetServer(seed=seed) as planet, dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance, bars:
+    with (
+        PlanetServer(seed=seed) as planet,
+        dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance,
+        bars,
+    ):
         os.environ["GRAFT_PLANET__URL"] = planet.url
         runner = Runner(build_defs(settings, progress=RichProgress(bars)), instance)
         console.print(f"Planet {seed} answers Flickr and Earth Engine at {planet.url}")
@@ -229,8 +247,14 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
         traffic = planet.stats()
     total_s = round(time.perf_counter() - started, 1)
     scores = write_report(
-        folder, storage, sensors, seed=seed, total_seconds=total_s, traffic=traffic,
-        seconds=stages.seconds, peak_memory_mb=stages.peak_memory_mb,
+        folder,
+        storage,
+        sensors,
+        seed=seed,
+        total_seconds=total_s,
+        traffic=traffic,
+        seconds=stages.seconds,
+        peak_memory_mb=stages.peak_memory_mb,
     )
     _print_scores(console, scores, folder)
     return scores
@@ -259,6 +283,9 @@ def iterate_scores(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, dict
         for task, contenders in scores[sensor].items():
             metrics = dict.fromkeys(metric for values in contenders.values() for metric in values)
             for metric in metrics:
-                yield sensor, task, metric, {
-                    name: values[metric] for name, values in contenders.items() if metric in values
-                }
+                yield (
+                    sensor,
+                    task,
+                    metric,
+                    {name: values[metric] for name, values in contenders.items() if metric in values},
+                )

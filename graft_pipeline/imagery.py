@@ -44,11 +44,15 @@ class Sensor:
         if not self.name.isidentifier() or self.name.lower() != self.name:
             raise InputError(f"Sensor name {self.name!r}: use a lower-case identifier such as 'naip'.")
         if self.gsd_m <= 0 or self.chip_px <= 0 or not 0 < self.crop_px <= self.chip_px:
-            raise InputError(f"Sensor {self.name!r}: gsd_m, chip_px and crop_px must be positive, crop <= chip.")
+            raise InputError(
+                f"Sensor {self.name!r}: gsd_m, chip_px and crop_px must be positive, crop <= chip."
+            )
         if self.chip_px % 2 or self.crop_px % 4:
             raise InputError(f"Sensor {self.name!r}: chip_px must be even and crop_px divisible by four.")
         if (self.cloud_property is None) != (self.max_cloud_pct is None):
-            raise InputError(f"Sensor {self.name!r}: set cloud_property and max_cloud_pct together, or neither.")
+            raise InputError(
+                f"Sensor {self.name!r}: set cloud_property and max_cloud_pct together, or neither."
+            )
 
     @property
     def chip_m(self) -> float:
@@ -71,7 +75,9 @@ class Sensor:
         return self.max_cloud_pct is not None
 
 
-NAIP = Sensor(name="naip", collection="USDA/NAIP/DOQQ", bands=("R", "G", "B"), gsd_m=1.0, listed_from="2010-01-01")
+NAIP = Sensor(
+    name="naip", collection="USDA/NAIP/DOQQ", bands=("R", "G", "B"), gsd_m=1.0, listed_from="2010-01-01"
+)
 
 SENTINEL2 = Sensor(
     name="sentinel2",

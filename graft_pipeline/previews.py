@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 
 #: Pictures in metadata live in Dagster's event log: keep them small.
 MAX_BYTES = 200_000
+#: Frames of what was decided or predicted rightly (or kept) and wrongly (or dropped).
+RIGHT, WRONG = (34, 136, 51), (204, 51, 17)
 
 
 def data_uri(picture: bytes) -> str:
@@ -24,12 +26,6 @@ def data_uri(picture: bytes) -> str:
 def to_markdown(picture: bytes, caption: str) -> str:
     """A picture (PNG or JPEG) as Markdown, as Dagster's metadata shows it."""
     return f"![{caption}]({data_uri(picture)})"
-
-
-def decode(content: bytes) -> np.ndarray:
-    """Decode a stored image to (H, W, 3) uint8."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def contact_sheet(

@@ -49,7 +49,11 @@ def read_scores(storage: Rooted, sensor: str) -> dict[str, Any]:
     Raises:
         DataError: if nothing was scored.
     """
-    files = sorted(scores_folder(storage, sensor).glob("*.json")) if scores_folder(storage, sensor).exists() else []
+    files = (
+        sorted(scores_folder(storage, sensor).glob("*.json"))
+        if scores_folder(storage, sensor).exists()
+        else []
+    )
     if not files:
         raise DataError(f"{sensor} has no scores: materialise its `zero_shot_scores` first.")
     tasks: dict[str, Any] = {}
@@ -84,7 +88,14 @@ def write_report(folder: Path, storage: Rooted, sensors: list[str], **facts: Any
     rows, pictures = {}, {}
     for sensor in sensors:
         rows[sensor] = [
-            (task, metric, *(contenders.get(name, {}).get(metric) for name in (encoder_of(contenders), "foundation", "chance")))
+            (
+                task,
+                metric,
+                *(
+                    contenders.get(name, {}).get(metric)
+                    for name in (encoder_of(contenders), "foundation", "chance")
+                ),
+            )
             for task, contenders in scores[sensor].items()
             for metric in dict.fromkeys(m for values in contenders.values() for m in values)
         ]

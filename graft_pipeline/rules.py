@@ -22,7 +22,7 @@ DESCRIPTIONS = {
     "center_spacing": "Tile centres are at least half a footprint (112 px) apart in x or in y.",
     "footprint_membership": "Every photo lies in its tile's footprint, at the pixel that the chip's affine gives.",
     "photo_cap": "No tile has more photos than the cap (paper: 25).",
-    "chip_georeference": "Stored chips are decodable GeoTIFFs on the grid that their row announces, centred on the photo.",
+    "chip_georeference": "Stored chips are GeoTIFFs on the grid that their row announces, centred on the photo.",
     "cloud_and_time": "Scenes obey the sensor's cloud limit and are as close in time as the candidates allow.",
     "split_disjointness": "Train and validation share no tile, no photo and no ground.",
     "no_training_ground": "No training tile touches the ground of the benchmark.",
@@ -290,7 +290,10 @@ def split_disjointness(tiles: Sequence[pa.Table], pairs: pa.Table) -> Finding:
     """
     squares = {
         split: np.concatenate(
-            [np.zeros((0, 4)), *(chip_squares(table.filter(pc.equal(table["split"], split))) for table in tiles)]
+            [
+                np.zeros((0, 4)),
+                *(chip_squares(table.filter(pc.equal(table["split"], split))) for table in tiles),
+            ]
         )
         for split in ("train", "validation")
     }

@@ -44,7 +44,11 @@ def _column(name: str, kind: pa.DataType, description: str, *, nullable: bool = 
 
 
 def _dataset(
-    name: str, columns: Sequence[pa.Field], key: Sequence[str], partitions: Sequence[str], order: Sequence[str] = ()
+    name: str,
+    columns: Sequence[pa.Field],
+    key: Sequence[str],
+    partitions: Sequence[str],
+    order: Sequence[str] = (),
 ) -> Dataset:
     return Dataset(name, pa.schema(columns), tuple(key), tuple(order or key), tuple(partitions))
 

@@ -165,7 +165,11 @@ def load_settings() -> Settings:
         return Settings(_env_file=env_file)  # type: ignore[call-arg]
     except ValidationError as error:
         problems = "; ".join(
-            f"GRAFT_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" if item["loc"] else item["msg"]
+            f"GRAFT_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            if item["loc"]
+            else item["msg"]
             for item in error.errors(include_input=False, include_url=False)
         )
-        raise SettingsError(f"Settings are not usable: {problems}. Correct the environment or {env_file}.") from None
+        raise SettingsError(
+            f"Settings are not usable: {problems}. Correct the environment or {env_file}."
+        ) from None

@@ -49,7 +49,9 @@ def test_imports_point_one_way(path: Path) -> None:
     if package == "graft_pipeline" and not is_composition:
         assert not used & HEAVY
     if package in {"resources", "assets"}:
-        assert not imports(path, top_level_only=True) & HEAVY, "import torch, ee and flickrapi inside functions"
+        assert not imports(path, top_level_only=True) & HEAVY, (
+            "import torch, ee and flickrapi inside functions"
+        )
     if package == "assets":
         assert "from __future__ import annotations" not in path.read_text()
 
@@ -78,7 +80,12 @@ def test_definitions_load_without_torch_ee_or_any_setting() -> None:
         "print(len(defs.resolve_asset_graph().get_all_asset_keys()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={"PATH": ""}, timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": ""},
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.strip().splitlines()[-1]) > 20

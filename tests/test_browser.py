@@ -28,7 +28,9 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo of two regions, run by the command line."""
     folder = tmp_path_factory.mktemp("browser") / "demo"
     command = [sys.executable, "-m", "graft_pipeline.cli", "demo", "--small", "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=900)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -46,7 +48,9 @@ def ui(demo_folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(ROOT / "workspace.yaml"), "-p", str(port)]
     log = demo_folder / "ui.log"
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=demo_folder)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=demo_folder
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + PATIENCE_MS / 1000
@@ -75,8 +79,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.fail("chromium is not installed: apt-get install chromium")
     with sync_playwright() as playwright:
         arguments = [
-            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
         ]
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})

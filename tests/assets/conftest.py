@@ -47,9 +47,13 @@ class Deployment:
             **settings,
         }
         for name, value in variables.items():
-            monkeypatch.setenv(f"GRAFT_{name.upper()}", value if isinstance(value, str) else json.dumps(value))
+            monkeypatch.setenv(
+                f"GRAFT_{name.upper()}", value if isinstance(value, str) else json.dumps(value)
+            )
         loaded = load_settings()
-        return cls(build_defs(loaded), dg.DagsterInstance.from_config(str(folder)), Storage(loaded.root), folder)
+        return cls(
+            build_defs(loaded), dg.DagsterInstance.from_config(str(folder)), Storage(loaded.root), folder
+        )
 
     def register(self, west: float, south: float, east: float, north: float) -> None:
         """Register a box as area, make its regions partitions, and train the planet's foundation model."""

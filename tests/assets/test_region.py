@@ -33,7 +33,12 @@ def collected(planet: Any, deploy_for_module: Deploy) -> Any:
 
 
 def test_every_table_has_rows_and_every_check_passed(collected: Any) -> None:
-    for dataset in (schemas.FLICKR_PHOTOS, schemas.GROUND_IMAGES, schemas.GROUND_EMBEDDINGS, schemas.OUTDOOR_PHOTOS):
+    for dataset in (
+        schemas.FLICKR_PHOTOS,
+        schemas.GROUND_IMAGES,
+        schemas.GROUND_EMBEDDINGS,
+        schemas.OUTDOOR_PHOTOS,
+    ):
         assert collected.storage.read(dataset, region=REGION).num_rows > 20
     for sensor in ("naip", "sentinel2"):
         for dataset in (schemas.SCENES, schemas.TILES, schemas.CHIPS, schemas.PAIRS):
@@ -43,10 +48,17 @@ def test_every_table_has_rows_and_every_check_passed(collected: Any) -> None:
     )
     evaluations = [record.event_log_entry.dagster_event.asset_check_evaluation_data for record in records]
     assert {e.check_name for e in evaluations} >= {
-        "schema", "center_spacing", "footprint_membership", "photo_cap", "chip_georeference", "cloud_and_time",
+        "schema",
+        "center_spacing",
+        "footprint_membership",
+        "photo_cap",
+        "chip_georeference",
+        "cloud_and_time",
         "split_disjointness",
     }
-    assert all(e.passed for e in evaluations), [(e.asset_key, e.check_name, e.description) for e in evaluations if not e.passed]
+    assert all(e.passed for e in evaluations), [
+        (e.asset_key, e.check_name, e.description) for e in evaluations if not e.passed
+    ]
 
 
 def test_all_that_failed_or_was_rejected_says_why(collected: Any) -> None:
@@ -67,7 +79,9 @@ def test_sentinel_chips_of_the_same_zone_are_the_scenes_own_pixels(collected: An
     """A chip equals the same pixels cut out of another, larger window of the scene's native grid."""
     place = {"sensor": "sentinel2", "region": REGION}
     chips = collected.storage.read(schemas.CHIPS, **place)
-    own_crs = {row["scene_id"]: row["crs"] for row in collected.storage.read(schemas.SCENES, **place).to_pylist()}
+    own_crs = {
+        row["scene_id"]: row["crs"] for row in collected.storage.read(schemas.SCENES, **place).to_pylist()
+    }
     ok = chips.filter(pc.equal(chips["status"], "ok"))
     same_zone = [own_crs[r["scene_id"]] == f"EPSG:{r['epsg']}" for r in ok.to_pylist()]
     ok = ok.filter(pa.array(same_zone)).slice(0, 4)
@@ -81,9 +95,7 @@ def test_sentinel_chips_of_the_same_zone_are_the_scenes_own_pixels(collected: An
         assert np.array_equal(decode(content), to_uint8(around[13 : 13 + 448, 7 : 7 + 448], SENTINEL2))
 
 
-def test_a_second_materialisation_downloads_nothing_and_changes_no_byte(
-    planet: Any, deploy: Deploy
-) -> None:
+def test_a_second_materialisation_downloads_nothing_and_changes_no_byte(planet: Any, deploy: Deploy) -> None:
     deployment = deploy(planet_url=planet.url)
     deployment.register(*SMALL)
     deployment.collect(REGION, "naip")
@@ -109,9 +121,7 @@ def test_a_region_without_photos_ends_well(planet: Any, deploy: Deploy) -> None:
         assert deployment.storage.read(dataset, sensor="naip", region=REGION).num_rows == 0
 
 
-def test_a_region_with_one_photo_has_one_tile_with_it(
-    collected: Any, planet: Any, deploy: Deploy
-) -> None:
+def test_a_region_with_one_photo_has_one_tile_with_it(collected: Any, planet: Any, deploy: Deploy) -> None:
     photos = collected.storage.read(schemas.PAIRS, sensor="naip", region=REGION)
     taken = collected.storage.read(schemas.FLICKR_PHOTOS, region=REGION)
     paired = taken.filter(pc.is_in(taken["photo_id"], photos["center_photo_id"].combine_chunks()))
@@ -125,16 +135,16 @@ def test_a_region_with_one_photo_has_one_tile_with_it(
     assert pairs["center_photo_id"].to_pylist()[0] in pairs["photo_id"].to_pylist()
 
 
-def test_a_sensor_without_scenes_there_gives_rows_with_a_reason(
-    planet: Any, deploy: Deploy
-) -> None:
+def test_a_sensor_without_scenes_there_gives_rows_with_a_reason(planet: Any, deploy: Deploy) -> None:
     deployment = deploy(planet_url=planet.url)
     deployment.register(8.05, 47.05, 8.15, 47.15)
     region = "N47.00E008.00"
     deployment.collect(region, "naip", "sentinel2")
     chips = deployment.storage.read(schemas.CHIPS, sensor="naip", region=region)
     assert chips.num_rows > 0
-    assert set(zip(chips["status"].to_pylist(), chips["reason"].to_pylist(), strict=True)) == {("failed", "no_scene")}
+    assert set(zip(chips["status"].to_pylist(), chips["reason"].to_pylist(), strict=True)) == {
+        ("failed", "no_scene")
+    }
     assert deployment.storage.read(schemas.PAIRS, sensor="naip", region=region).num_rows == 0
     assert deployment.storage.read(schemas.PAIRS, sensor="sentinel2", region=region).num_rows > 0
 
@@ -158,8 +168,11 @@ def test_a_refused_flickr_key_stops_the_run_and_keeps_what_was_there(
     files = deployment.files()
     # Production settings that point at the planet, with a key that it refuses.
     for name, value in {
-        "GRAFT_WORLD": "production", "GRAFT_FLICKR_KEY": "invalid", "GRAFT_FLICKR_SECRET": "s3cret-nowhere",
-        "GRAFT_EE_PROJECT": "p", "GRAFT_FLICKR_URL": f"{planet.url}/services/rest/",
+        "GRAFT_WORLD": "production",
+        "GRAFT_FLICKR_KEY": "invalid",
+        "GRAFT_FLICKR_SECRET": "s3cret-nowhere",
+        "GRAFT_EE_PROJECT": "p",
+        "GRAFT_FLICKR_URL": f"{planet.url}/services/rest/",
     }.items():
         monkeypatch.setenv(name, value)
     result = deployment.materialise("flickr_photos", partition=REGION, raise_on_error=False)
@@ -177,5 +190,3 @@ def test_a_faulty_planet_only_delays(make_planet: Callable[..., Any], deploy: De
     deployment.collect(REGION, "naip")
     pairs = deployment.storage.read(schemas.PAIRS, sensor="naip", region=REGION)
     assert pairs.num_rows > 0
-
-

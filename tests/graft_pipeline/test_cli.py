@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = [[], ["demo"], ["planet"], ["planet", "serve"], ["areas"], ["areas", "add"], ["areas", "list"], ["query"], ["status"]]
+COMMANDS = [
+    [],
+    ["demo"],
+    ["planet"],
+    ["planet", "serve"],
+    ["areas"],
+    ["areas", "add"],
+    ["areas", "list"],
+    ["query"],
+    ["status"],
+]
 
 
 def graft(*arguments: str, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +53,9 @@ def test_a_missing_area_file_is_one_line_and_exit_code_1(tmp_path: Path) -> None
 
 def test_a_real_state_is_registered_and_listed(real_data: Path, tmp_path: Path) -> None:
     states = str(real_data / "us_states.geojson")
-    done = graft("areas", "add", states, "--where", "name='Rhode Island'", "--name", "rhode-island", root=tmp_path)
+    done = graft(
+        "areas", "add", states, "--where", "name='Rhode Island'", "--name", "rhode-island", root=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     # Rhode Island lies between 71.1 and 71.9 W, 41.1 and 42.0 N, with Block Island: one or two degree cells.
     listed = graft("areas", "list", root=tmp_path)

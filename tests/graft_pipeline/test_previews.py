@@ -14,7 +14,9 @@ def opened(picture: bytes) -> Image.Image:
 
 def test_a_sheet_shows_every_image_in_its_cell() -> None:
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
-    sheet = opened(previews.contact_sheet([np.full((20, 30, 3), c, np.uint8) for c in colours], columns=2, cell_px=40))
+    sheet = opened(
+        previews.contact_sheet([np.full((20, 30, 3), c, np.uint8) for c in colours], columns=2, cell_px=40)
+    )
     cell = 44
     for number, colour in enumerate(colours):
         x, y = 4 + number % 2 * cell + 20, 4 + number // 2 * cell + 10

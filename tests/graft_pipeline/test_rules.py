@@ -21,10 +21,20 @@ def tile_rows(xy: np.ndarray, split: str = "train") -> pa.Table:
         grid = Grid.snapped(EPSG, float(x), float(y), NAIP.gsd_m, NAIP.chip_px)
         rows.append(
             {
-                "tile_id": f"naip-{number}", "tile_index": number, "center_photo_id": str(number),
-                "center_lon_deg": lon[number], "center_lat_deg": lat[number], "center_x_m": x, "center_y_m": y,
-                "epsg": EPSG, "x0_m": grid.x0_m, "y0_m": grid.y0_m, "gsd_m": 1.0, "chip_px": 448,
-                "sampling": "non_overlapping", "split": split,
+                "tile_id": f"naip-{number}",
+                "tile_index": number,
+                "center_photo_id": str(number),
+                "center_lon_deg": lon[number],
+                "center_lat_deg": lat[number],
+                "center_x_m": x,
+                "center_y_m": y,
+                "epsg": EPSG,
+                "x0_m": grid.x0_m,
+                "y0_m": grid.y0_m,
+                "gsd_m": 1.0,
+                "chip_px": 448,
+                "sampling": "non_overlapping",
+                "split": split,
             }
         )
     return pa.Table.from_pylist(rows, schema=schemas.TILES.schema)
@@ -38,10 +48,18 @@ def pair_rows(tiles: pa.Table, dx_m: float = 10.0, dy_m: float = -20.0) -> pa.Ta
         lon, lat = Projection(EPSG).inverse(np.array([x]), np.array([y]))
         rows.append(
             {
-                "tile_id": tile["tile_id"], "photo_id": f"p{tile['tile_index']}", "center_photo_id": "0",
-                "scene_id": "s", "lon_deg": lon[0], "lat_deg": lat[0],
-                "col_px": x - tile["x0_m"], "row_px": tile["y0_m"] - y,
-                "taken_at_utc": None, "acquired_at_utc": 0, "time_difference_days": None, "split": tile["split"],
+                "tile_id": tile["tile_id"],
+                "photo_id": f"p{tile['tile_index']}",
+                "center_photo_id": "0",
+                "scene_id": "s",
+                "lon_deg": lon[0],
+                "lat_deg": lat[0],
+                "col_px": x - tile["x0_m"],
+                "row_px": tile["y0_m"] - y,
+                "taken_at_utc": None,
+                "acquired_at_utc": 0,
+                "time_difference_days": None,
+                "split": tile["split"],
             }
         )
     return pa.Table.from_pylist(rows, schema=schemas.PAIRS.schema)
@@ -92,7 +110,8 @@ def test_membership_recomputes_pixels_from_the_geotag() -> None:
     assert finding.passed
     assert finding.evidence["worst_pixel_error_px"] < 0.01
     moved = pairs.set_column(
-        pairs.schema.get_field_index("col_px"), schemas.PAIRS.schema.field("col_px"),
+        pairs.schema.get_field_index("col_px"),
+        schemas.PAIRS.schema.field("col_px"),
         pa.array(np.array(pairs["col_px"]) + np.array([0, 0.02, 0])),
     )
     assert rules.footprint_membership(moved, tiles, NAIP).violations == 1
