@@ -263,8 +263,8 @@ def encode(content: bytes) -> FetchedImage:
             and len(content) <= 3 * width * height
         )
         if target != (width, height):
-            # Decodes a JPEG at a half, quarter or eighth of its size, leaving twice the pixels to filter.
-            image.draft(None, (2 * target[0], 2 * target[1]))
+            # Decodes a JPEG at a half, quarter or eighth of its size, if that is still large enough.
+            image.draft(None, target)
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ItemError("truncated", f"not decodable: {error}", is_permanent=False) from None

@@ -54,8 +54,12 @@ class ScriptedServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def _answer(self) -> None:
+                if owner.stopping.is_set():
+                    self.close_connection = True
+                    return
                 parts = urlsplit(self.path)
                 request = Request(
                     self.command,
