@@ -8,6 +8,7 @@ rules out matrix products (their rounding varies with shape) and transcendental 
 """
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -134,14 +135,32 @@ class SplineNoise:
         """
         ix, wx = self._place(x)
         iy, wy = self._place(y)
-        values = None
+        i0, j0 = int(ix.min()), int(iy.min())
+        wide, high = int(ix.max()) - i0 + 4, int(iy.max()) - j0 + 4
+        if wide * high <= 16 * len(x):
+            # Points close together share lattice values.
+            lattice = self._lattice(np.arange(i0, i0 + wide)[None, :], np.arange(j0, j0 + high)[:, None])
+            lattice = lattice.reshape(len(lattice), -1)
+            first = (iy - j0) * wide + (ix - i0)
+            return self._summed(lambda m, n: lattice.take(first + n * wide + m, axis=1), wx, wy)
+        return self._summed(lambda m, n: self._lattice(ix + m, iy + n), wx, wy)
+
+    @staticmethod
+    def _summed(
+        value: Callable[[int, int], NDArray[np.float32]],
+        wx: tuple[NDArray[np.float32], ...],
+        wy: tuple[NDArray[np.float32], ...],
+    ) -> NDArray[np.float32]:
+        """The sum over a point's 4 x 4 lattice values, in the order of `on_axes`."""
+        total: NDArray[np.float32] | None = None
         for n in range(4):
-            along_x = self._lattice(ix, iy + n) * wx[0]
+            along_x = value(0, n) * wx[0]
             for m in (1, 2, 3):
-                along_x += self._lattice(ix + m, iy + n) * wx[m]
-            values = along_x * wy[n] if values is None else values + along_x * wy[n]
-        assert values is not None
-        return values
+                along_x += value(m, n) * wx[m]
+            along_x *= wy[n]
+            total = along_x if total is None else total + along_x
+        assert total is not None
+        return total
 
 
 class NodeAxes:

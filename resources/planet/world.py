@@ -12,8 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from graft_pipeline.geometry import Grid
 from resources.planet.frames import Axes, frame_of, from_plane, home_zone, is_at_home, middles, to_plane
+from resources.planet.ground import not_a_jpeg, photo_jpeg
 from resources.planet.landcover import CLASSES, PALETTE, Land
+from resources.planet.noise import salt
 from resources.planet.overhead import Painter
+from resources.planet.photographers import SIZES_PX, Photographers
 
 NAIP_GSD_M = 1.0
 SENTINEL2_GSD_M = 10.0
@@ -43,6 +46,7 @@ class World:
         self.palette = PALETTE
         self._painter = Painter(self.seed)
         self._land = lru_cache(maxsize=120)(lambda zone: Land(self.seed, zone))
+        self._photographers = Photographers(self.seed, self._land)
 
     # --- land ---
 
@@ -195,3 +199,88 @@ class World:
             middle = (axis[some].min() + axis[some].max()) // 2
             waiting += [some[axis[some] <= middle], some[axis[some] > middle]]
         return strips
+
+    # --- photos ---
+
+    def photos_near(self, lon_deg: float, lat_deg: float, radius_km: float) -> NDArray[np.void]:
+        """Photos whose geotags lie within a radius.
+
+        Args:
+            lon_deg: longitude of the middle, EPSG:4326.
+            lat_deg: latitude of the middle.
+            radius_km: radius in kilometres, on the sphere.
+
+        Returns:
+            (N,) rows of `photographers.PHOTO_DTYPE`, in no particular but always the same order.
+        """
+        return self._photographers.near(lon_deg, lat_deg, radius_km)
+
+    def photos_in(self, west: float, south: float, east: float, north: float) -> NDArray[np.void]:
+        """Photos whose geotags lie in a rectangle of degrees, its sides included; west > east crosses 180."""
+        return self._photographers.within(west, south, east, north)
+
+    def photo(self, photo_id: str) -> np.void | None:
+        """One photo's row of `photographers.PHOTO_DTYPE`; None if there is no such photo."""
+        return self._photographers.photo(photo_id)
+
+    @staticmethod
+    def photo_sizes(photo: np.void) -> dict[str, tuple[int, int]]:
+        """Sizes that Flickr offers of a photo.
+
+        Args:
+            photo: its row.
+
+        Returns:
+            (width, height) in pixels, as stored, by the letter of the `url_*` extra; empty without usable URLs.
+        """
+        if not photo["has_urls"]:
+            return {}
+        is_upright = bool(photo["is_portrait"]) ^ (int(photo["exif_orientation"]) in (6, 8))
+        sizes = {}
+        for letter, long_px in SIZES_PX.items():
+            if long_px <= photo["original_px"]:
+                short_px = round(long_px * 3 / 4)
+                sizes[letter] = (short_px, long_px) if is_upright else (long_px, short_px)
+        return sizes
+
+    def render_photo(self, photo_id: str, size: str = "n") -> bytes | None:
+        """A photo's JPEG as its owner uploaded it, whatever its host makes of it.
+
+        Args:
+            photo_id: Flickr's id of it.
+            size: letter of the size, see `photo_sizes`.
+
+        Returns:
+            JPEG bytes (CMYK if that is the photo's flaw); None if the photo or the size does not exist.
+        """
+        photo = self.photo(photo_id)
+        if photo is None:
+            return None
+        extent = self.photo_sizes(photo).get(size)
+        if extent is None:
+            return None
+        return photo_jpeg(
+            str(photo["kind"]),
+            salt(self.seed, "drawing", str(photo["image_id"])),
+            *extent,
+            ahead=str(photo["ahead"]),
+            frame=int(photo["frame"]),
+            exif_orientation=int(photo["exif_orientation"]),
+            mode="CMYK" if photo["flaw"] == "cmyk" else "RGB",
+        )
+
+    def photo_file(self, photo_id: str, size: str = "n") -> tuple[bytes, str] | None:
+        """What the image host answers for a photo: usually its JPEG, for a few photos something broken.
+
+        Args:
+            photo_id: Flickr's id of it.
+            size: letter of the size.
+
+        Returns:
+            (bytes, media type); None if the photo or the size does not exist.
+        """
+        jpeg = self.render_photo(photo_id, size)
+        photo = self.photo(photo_id)
+        if jpeg is None or photo is None:
+            return None
+        return not_a_jpeg(str(photo["flaw"]), jpeg)
