@@ -1,0 +1,397 @@
+"""Chips, from tiles and scenes to stored pixels: which to fetch, what is accepted, how each is encoded.
+
+Which scene comes first is decided in scenes.py; the request itself is in resources/earth_engine.py.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft_pipeline.errors import DataError, ItemError
+from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, sample_rows
+from graft_pipeline.geometry import Grid
+from graft_pipeline.imagery import Sensor
+from graft_pipeline.manifests import read_table
+from graft_pipeline.scenes import MAX_CANDIDATES as MAX_CANDIDATES
+from graft_pipeline.scenes import candidates_for_grids, center_times, tile_grids
+from graft_pipeline.schemas import CHIPS
+from graft_pipeline.shards import read_member
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+logger = logging.getLogger(__name__)
+
+#: (sensor, scene id, grid) in, (H, W, 3) pixels of the scene's own dtype out; ItemError for a chip that
+#: cannot be.
+Fetch = Callable[[Sensor, str, Grid], npt.NDArray[Any]]
+
+_GRID_COLUMNS = ("epsg", "x0_m", "y0_m", "gsd_m", "chip_px")
+
+
+def has_nodata(array: npt.NDArray[Any]) -> bool:
+    """Whether a pixel is missing: Earth Engine fills what a scene does not cover with 0 in every band.
+
+    Args:
+        array: (H, W, bands), source values, before any scaling.
+
+    Returns:
+        True if any pixel is 0 in all bands.
+    """
+    return not bool(array.any(axis=-1).all())
+
+
+def to_uint8(array: npt.NDArray[Any], sensor: Sensor) -> npt.NDArray[np.uint8]:
+    """Scale source values to what a chip holds.
+
+    Args:
+        array: (H, W, 3), source values.
+        sensor: its `display_range` is mapped to 0..255, rounded, values beyond it clipped. Without one the
+            source is uint8 already.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        DataError: if the shape, or the dtype of a sensor without display range, is another.
+    """
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise DataError(
+            f"A chip of {sensor.name} has shape {array.shape}, not (H, W, 3): correct the sensor's bands."
+        )
+    if sensor.display_range is None:
+        if array.dtype != np.uint8:
+            raise DataError(f"{sensor.name} gives {array.dtype}, not uint8: set its display_range.")
+        return array
+    low, high = sensor.display_range
+    scaled = (array.astype(np.float64) - low) / (high - low) * 255.0
+    # Half up, not to even: one rule for all values.
+    return np.floor(np.clip(scaled, 0.0, 255.0) + 0.5).astype(np.uint8)
+
+
+def encode(array: npt.NDArray[np.uint8], grid: Grid) -> bytes:
+    """Encode a chip as GeoTIFF: lossless, georeferenced; same pixels, same bytes.
+
+    Args:
+        array: (H, W, 3) uint8, RGB.
+        grid: its grid.
+
+    Returns:
+        The file's content.
+    """
+    from rasterio.io import MemoryFile
+
+    height, width, _ = array.shape
+    # Deflate at its fastest with differences of neighbours: as small as slower settings on imagery, and any
+    # reader of TIFF opens it.
+    profile = {
+        "driver": "GTiff",
+        "height": height,
+        "width": width,
+        "count": 3,
+        "dtype": "uint8",
+        "crs": grid.crs,
+        "transform": grid.affine,
+        "photometric": "RGB",
+        "interleave": "pixel",
+        "compress": "deflate",
+        "predictor": 2,
+        "zlevel": 1,
+        "blockysize": height,
+    }
+    with MemoryFile() as memory:
+        with memory.open(**profile) as file:
+            file.write(np.moveaxis(array, -1, 0))
+        return bytes(memory.getbuffer())
+
+
+def decode(content: bytes) -> npt.NDArray[np.uint8]:
+    """Decode a stored chip.
+
+    Args:
+        content: GeoTIFF as `encode` made it.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        DataError: if it is no such file.
+    """
+    from rasterio.errors import RasterioError
+    from rasterio.io import MemoryFile
+
+    try:
+        with MemoryFile(content) as memory, memory.open() as file:
+            array = file.read()
+    except RasterioError as error:
+        raise DataError(
+            f"A stored chip cannot be decoded ({error}): materialise its region's chips anew."
+        ) from error
+    if array.dtype != np.uint8 or array.shape[0] != 3:
+        raise DataError(
+            f"A stored chip is {array.dtype} {array.shape}, not 3 bands of uint8: materialise it anew."
+        )
+    return np.ascontiguousarray(np.moveaxis(array, 0, -1))
+
+
+def decode_all(contents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
+    """Decode chips of one size.
+
+    Args:
+        contents: GeoTIFFs.
+
+    Returns:
+        (N, H, W, 3) uint8; (0, 0, 0, 3) without any.
+    """
+    chips = [decode(content) for content in contents]
+    return np.stack(chips) if chips else np.zeros((0, 0, 0, 3), dtype=np.uint8)
+
+
+def fetch_chips(
+    tiles: pa.Table,
+    scenes: pa.Table,
+    photos: pa.Table,
+    existing: pa.Table | None,
+    sensor: Sensor,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int = 500,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Fetch the chips that a region's tiles do not have yet, and store them.
+
+    A tile's candidate scenes are asked in their order. One with missing pixels there, or that cannot serve it
+    for good, gives way to the next. `failed`, to be tried again: `no_scene` (none contains the chip; costs
+    nothing and counts as no attempt), `nodata` (each has missing pixels), or a passing failure's own reason.
+    `rejected`: every scene refused for good.
+
+    Args:
+        tiles: TILES rows of the region.
+        scenes: SCENES rows of it.
+        photos: FLICKR_PHOTOS rows of it, for the times of centre photos.
+        existing: CHIPS rows of an earlier call, None at first. Rows of tiles that are gone stay in
+            the index, as their pixels were paid for, but are not returned.
+        sensor: the sensor.
+        folder: the partition's folder; the index and its shards are written there.
+        fetch: gives pixels; called from threads.
+        concurrency: number of threads.
+        max_attempts: tries before a tile is left alone.
+        shard_size: tiles after which a shard and the index are written.
+        progress: called with (done, total).
+
+    Returns:
+        CHIPS rows of all these tiles, sorted by tile_id.
+
+    Raises:
+        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
+    """
+    return _fetch(
+        tiles,
+        scenes,
+        photos,
+        existing,
+        sensor,
+        folder,
+        fetch,
+        concurrency,
+        max_attempts,
+        shard_size,
+        progress,
+    )[0]
+
+
+def update(
+    tiles: pa.Table,
+    scenes: pa.Table,
+    photos: pa.Table,
+    sensor: Sensor,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    *,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int = 500,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[pa.Table, bool]:
+    """`fetch_chips` upon the rows that the folder's own index holds.
+
+    Args:
+        tiles: see `fetch_chips`.
+        scenes: see there.
+        photos: see there.
+        sensor: see there.
+        folder: see there.
+        fetch: see there.
+        concurrency: see there.
+        max_attempts: see there.
+        shard_size: see there.
+        progress: see there.
+
+    Returns:
+        The rows, and whether any file changed.
+    """
+    existing = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
+    return _fetch(
+        tiles,
+        scenes,
+        photos,
+        existing,
+        sensor,
+        folder,
+        fetch,
+        concurrency,
+        max_attempts,
+        shard_size,
+        progress,
+    )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One chip to be fetched."""
+
+    tile_id: str
+    grid: Grid
+    taken_at_utc: datetime | None
+    scene_ids: list[str]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of it; content and scene_id are None unless status is ok."""
+
+    status: str
+    reason: str | None
+    scenes_tried: int
+    scene_id: str | None = None
+    content: bytes | None = None
+
+
+def _fetch(
+    tiles: pa.Table,
+    scenes: pa.Table,
+    photos: pa.Table,
+    existing: pa.Table | None,
+    sensor: Sensor,
+    folder: "UPath | Path",
+    fetch: Fetch,
+    concurrency: int,
+    max_attempts: int,
+    shard_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[pa.Table, bool]:
+    known = CHIPS.empty() if existing is None else existing
+    valid = _of_same_grid(known, tiles)
+    ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
+    todo, attempts = pending_rows(ordered.select(["tile_id"]), valid, "tile_id", max_attempts)
+    wanted = ordered.filter(
+        pc.is_in(ordered["tile_id"], pa.array([row["tile_id"] for row in todo], pa.string()))
+    )
+    grids, times = tile_grids(wanted), center_times(wanted, photos)
+    scene_ids = candidates_for_grids(grids, times, scenes, sensor)
+    orders = [
+        _Order(*fields) for fields in zip(wanted["tile_id"].to_pylist(), grids, times, scene_ids, strict=True)
+    ]
+    listed = {row["scene_id"]: row for row in scenes.drop_columns(["footprint_wkb"]).to_pylist()}
+    store = StoredItems(folder, CHIPS, known, stem="chips", extension="tif", shard_size=shard_size)
+    without = [order for order in orders if not order.scene_ids]
+    served = [order for order in orders if order.scene_ids]
+
+    def outcome(order: _Order) -> _Outcome:
+        return _serve(order, sensor, fetch)
+
+    with store, closing(ordered_map(outcome, served, concurrency)) as results:
+        for order in without:
+            tried = attempts.get(order.tile_id, 0)
+            store.add({**_row(order, tried), "status": "failed", "reason": "no_scene", "scenes_tried": 0})
+        for done, (order, result) in enumerate(results, start=1):
+            row = {
+                **_row(order, attempts.get(order.tile_id, 0) + 1),
+                "status": result.status,
+                "reason": result.reason,
+                "scenes_tried": result.scenes_tried,
+            }
+            if result.scene_id is not None:
+                scene = listed[result.scene_id]
+                row |= {name: scene[name] for name in ("scene_id", "acquired_at_utc", "cloud_pct")}
+                if order.taken_at_utc is not None:
+                    elapsed = scene["acquired_at_utc"] - order.taken_at_utc
+                    row["time_difference_days"] = elapsed.total_seconds() / 86_400
+            store.add(row, result.content)
+            if progress:
+                progress(done, len(served))
+        table = store.flush()
+    current = pc.is_in(table["tile_id"], tiles["tile_id"].combine_chunks())
+    return table.filter(current).combine_chunks(), store.is_changed
+
+
+def _row(order: _Order, attempts: int) -> dict[str, Any]:
+    grid = order.grid
+    values = (grid.epsg, grid.x0_m, grid.y0_m, grid.gsd_m, grid.width_px)
+    return {"tile_id": order.tile_id, "attempts": attempts, **dict(zip(_GRID_COLUMNS, values, strict=True))}
+
+
+def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
+    """Ask a tile's scenes in turn."""
+    has_gaps, refusal, tried = False, "", 0
+    for scene_id in order.scene_ids:
+        tried += 1
+        try:
+            array = fetch(sensor, scene_id, order.grid)
+        except ItemError as error:
+            if not error.is_permanent:
+                # The same scene is asked again next time: a passing failure must not change which one serves.
+                return _Outcome("failed", error.reason, tried)
+            refusal = error.reason
+            continue
+        if array.shape[:2] != (order.grid.height_px, order.grid.width_px):
+            raise DataError(
+                f"Scene {scene_id} gave {array.shape} for {order.tile_id}, not {order.grid.width_px} px: "
+                "report it, the client should have refused it."
+            )
+        if has_nodata(array):
+            has_gaps = True
+            continue
+        return _Outcome("ok", None, tried, scene_id, encode(to_uint8(array, sensor), order.grid))
+    return _Outcome("failed", "nodata", tried) if has_gaps else _Outcome("rejected", refusal, tried)
+
+
+def _of_same_grid(known: pa.Table, tiles: pa.Table) -> pa.Table:
+    """Rows whose grid is their tile's; others were made for a tile of that name that is no more."""
+    position = pc.index_in(known["tile_id"], tiles["tile_id"].combine_chunks())
+    same = pc.is_valid(position)
+    for name in _GRID_COLUMNS:
+        equal = pc.equal(known[name], tiles[name].take(position))
+        same = pc.and_(same, pc.fill_null(equal, False))
+    return known.filter(same)
+
+
+def sample_chips(
+    folder: "UPath | Path", table: pa.Table, count: int, seed: int = 0
+) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+    """A few stored chips for people to look at.
+
+    Args:
+        folder: the partition's folder.
+        table: CHIPS rows to choose from; only ok ones are.
+        count: how many at most.
+        seed: of the choice.
+
+    Returns:
+        (tile_id, (H, W, 3) uint8 RGB), in the table's order.
+    """
+    return [
+        (row["tile_id"], decode(read_member(folder, row["shard"], row["offset"], row["size_bytes"])))
+        for row in sample_rows(table, count, seed)
+    ]
