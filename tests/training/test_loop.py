@@ -1,0 +1,266 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from upath import UPath
+
+from graft_pipeline.errors import DataError, GraftError, InputError
+from graft_pipeline.imagery import Sensor
+from training.encoders import encode_images, encode_texts, load_clip
+from training.export import read_card
+from training.loop import TrainConfig, at_pixels, recall, resolve_device, train
+
+TOY = Sensor(name="toy", collection="none", bands=("R", "G", "B"), gsd_m=1.0, chip_px=64, crop_px=32)
+
+
+def config_of(world, level="image", **changes):
+    options = {
+        "architecture": world.architecture,
+        "pretrained": None,
+        "sensor": TOY,
+        "steps": 6,
+        "batch_tiles": 16,
+        "photos_per_tile": 3,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "validate_every": 2,
+        "device": "cpu",
+    } | changes
+    return TrainConfig(level=level, **options)
+
+
+def run(world, output, level="image", progress=None, **changes):
+    return train(config_of(world, level, **changes), world.folder, world.root, UPath(output), progress)
+
+
+def weights(folder):
+    return load_clip(f"local-dir:{folder}").model.state_dict()
+
+
+@pytest.fixture(scope="module", params=["image", "pixel"])
+def trained(request, toy_world, tmp_path_factory):
+    output = tmp_path_factory.mktemp(request.param)
+    return (
+        request.param,
+        run(toy_world, output, request.param, steps=40, validate_every=20, learning_rate=3e-3),
+        output,
+    )
+
+
+def test_training_brings_tiles_to_their_photos(trained):
+    _, result, _ = trained
+    first, last = result.validations[0], result.validations[-1]
+    assert first["step"] == 0
+    assert last["step"] == 40
+    assert last["loss"] < first["loss"] - 0.1
+    assert last["recall_at_10"] >= first["recall_at_10"]
+    losses = [row["loss"] for row in result.history]
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert result.train_tiles == 50
+    assert result.seconds > 0
+    assert result.peak_memory_gb > 0
+    assert result.peak_device_memory_gb is None
+
+
+def test_the_output_is_an_open_clip_folder_with_a_card(trained, toy_world):
+    level, result, output = trained
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "encoder", "history.json"]
+    assert list((output / "checkpoints").iterdir()) == []
+    clip = load_clip(f"local-dir:{result.folder}")
+    assert clip.fingerprint() == result.model_id
+    card = read_card(result.folder)
+    assert card["level"] == level
+    assert card["training_set"]["fingerprint"] == "0123456789abcdef"
+    assert card["sensor"]["bands"] == ["R", "G", "B"]
+    assert card["validation"]["step"] == result.best_step
+    assert card["model_id"] == result.model_id
+    foundation = load_clip(toy_world.architecture)
+    assert card["foundation"]["model_id"] == foundation.fingerprint()
+    assert str(toy_world.root) not in json.dumps(card)
+    # f_T is the foundation model's own, f_S is not its image tower any more.
+    texts = ["a photo of red", "blue"]
+    np.testing.assert_array_equal(encode_texts(clip, texts), encode_texts(foundation, texts))
+    chips = np.random.default_rng(0).integers(0, 256, (2, 448, 448, 3), dtype=np.uint8)
+    assert np.abs(encode_images(clip, chips) - encode_images(foundation, chips)).max() > 1e-2
+    history = json.loads((output / "history.json").read_text())
+    assert history["history"] == result.history
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(toy_world, tmp_path):
+    first = run(toy_world, tmp_path / "a")
+    second = run(toy_world, tmp_path / "b")
+    other = run(toy_world, tmp_path / "c", seed=1)
+    assert first.model_id == second.model_id
+    assert first.history == second.history
+    assert other.model_id != first.model_id
+    for name in ("open_clip_config.json", "open_clip_model.safetensors", "model_card.json"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("level", ["image", "pixel"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(toy_world, tmp_path, level):
+    def kill(progress):
+        seen.append(progress.step)
+        if progress.step == 5:
+            raise Killed
+
+    straight = run(toy_world, tmp_path / "straight", level)
+    seen = []
+    with pytest.raises(Killed):
+        run(toy_world, tmp_path / "killed", level, kill)
+    assert not (tmp_path / "killed" / "encoder").exists()
+    resumed_steps = []
+    resumed = run(toy_world, tmp_path / "killed", level, lambda progress: resumed_steps.append(progress.step))
+    # Validations, and checkpoints, are after steps 2, 4 and 6.
+    assert resumed_steps == [5, 6]
+    assert resumed.history == straight.history
+    assert resumed.validations == straight.validations
+    assert resumed.model_id == straight.model_id
+
+
+def test_another_configuration_starts_anew(toy_world, tmp_path):
+    def kill(progress):
+        if progress.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(toy_world, tmp_path, progress=kill)
+    steps = []
+    run(toy_world, tmp_path, progress=lambda progress: steps.append(progress.step), temperature=0.1)
+    assert steps[0] == 1
+
+
+def test_progress_tells_loss_rate_and_validations(toy_world, tmp_path):
+    told = []
+    result = run(toy_world, tmp_path, progress=told.append)
+    assert [at.step for at in told] == [1, 2, 3, 4, 5, 6]
+    assert [at.validation is not None for at in told] == [False, True] * 3
+    assert told[0].learning_rate == pytest.approx(5e-4)
+    assert told[1].learning_rate == pytest.approx(1e-3)
+    assert told[-1].learning_rate < told[2].learning_rate
+    assert [at.loss for at in told] == [row["loss"] for row in result.history]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"photos_per_tile": 1},
+        {"temperature": 0.2},
+        {"max_shift": 0.0},
+        {"learning_rate": 5e-4},
+        {"weight_decay": 0.5},
+        {"betas": (0.8, 0.9)},
+        {"grad_clip": 0.01},
+        {"warmup_steps": 0},
+        {"batch_tiles": 8},
+        {"precision": "bf16"},
+        {"level": "pixel"},
+    ],
+    ids=str,
+)
+def test_each_field_changes_what_is_learnt(toy_world, tmp_path, change, plain):
+    level = change.pop("level", "image")
+    assert run(toy_world, tmp_path, level, **change).model_id != plain.model_id
+
+
+@pytest.fixture(scope="module")
+def plain(toy_world, tmp_path_factory):
+    return run(toy_world, tmp_path_factory.mktemp("plain"))
+
+
+def test_fields_that_only_cost_change_nothing(toy_world, tmp_path, plain):
+    on_disk = run(toy_world, tmp_path / "disk", chip_memory_gb=0.0)
+    assert on_disk.model_id == plain.model_id
+    assert run(toy_world, tmp_path / "few", validation_tiles=3).validations[0]["tiles"] == 3
+
+
+def test_the_best_weights_are_exported_not_the_last(toy_world, tmp_path):
+    # Far too large a rate: the validation loss rises after the first steps.
+    result = run(
+        toy_world, tmp_path, learning_rate=0.3, warmup_steps=6, steps=8, validate_every=1, grad_clip=1e9
+    )
+    losses = {row["step"]: row["loss"] for row in result.validations if row["step"]}
+    assert result.best_step == min(losses, key=losses.get)
+    assert result.best_step < 8
+    stopped = run(
+        toy_world,
+        tmp_path / "again",
+        learning_rate=0.3,
+        warmup_steps=6,
+        steps=8,
+        validate_every=1,
+        grad_clip=1e9,
+    )
+    assert stopped.model_id == result.model_id
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(toy_world, tmp_path):
+    broken = tmp_path / "snapshot=broken"
+    broken.mkdir()
+    (broken / "training_set.parquet").write_bytes((toy_world.folder / "training_set.parquet").read_bytes())
+    embeddings = np.load(str(toy_world.folder / "ground_embeddings.npy"))
+    embeddings[:] = np.nan
+    np.save(broken / "ground_embeddings.npy", embeddings)
+    with pytest.raises(GraftError, match="lower the learning rate"):
+        train(config_of(toy_world), UPath(broken), toy_world.root, UPath(tmp_path / "out"))
+    assert not (tmp_path / "out" / "encoder").exists()
+
+
+def test_embeddings_of_another_model_are_refused(toy_world, tmp_path):
+    other = tmp_path / "snapshot=other"
+    other.mkdir()
+    (other / "training_set.parquet").write_bytes((toy_world.folder / "training_set.parquet").read_bytes())
+    np.save(other / "ground_embeddings.npy", np.zeros((500, 7), np.float32))
+    with pytest.raises(DataError, match="7 dimensions"):
+        train(config_of(toy_world), UPath(other), toy_world.root, UPath(tmp_path / "out"))
+
+
+def test_the_feature_at_a_pixel_is_that_of_its_patch():
+    patches = torch.arange(2 * 4 * 4).reshape(2, 4, 4, 1)
+    position = np.array([[0.0, 0.0], [7.99, 8.0], [31.9, 31.9], [8.0, 24.5]])
+    values = at_pixels(patches, position, np.array([0, 0, 0, 1]), 32)
+    assert values[:, 0].tolist() == [0, 4, 15, 16 + 3 * 4 + 1]
+
+
+def test_recall_by_hand():
+    photos = torch.eye(4)
+    queries = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.9, 0.8, 0.1]])
+    # The first tile owns photo 1 (second nearest), the second photos 2 and 3 (second and third nearest).
+    recalls = recall(queries, photos, np.array([0, 1]), np.array([9, 0, 1, 1]), (1, 2, 10))
+    assert recalls == [0.0, 1.0, 1.0]
+
+
+def test_configurations_and_devices_that_cannot_work_are_refused():
+    with pytest.raises(InputError, match="steps, temperature"):
+        TrainConfig(level="image", steps=0, temperature=0)
+    with pytest.raises(InputError, match="not known"):
+        resolve_device("abacus")
+    assert resolve_device("cpu").type == "cpu"
+
+
+def test_the_schedule_warms_up_and_ends_near_zero(toy_world, tmp_path):
+    rates = []
+    run(
+        toy_world,
+        tmp_path,
+        progress=lambda at: rates.append(at.learning_rate),
+        steps=20,
+        warmup_steps=4,
+        validate_every=20,
+    )
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert rates[4:] == pytest.approx(expected)
+
+
+def test_a_config_is_frozen(toy_world):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config_of(toy_world).steps = 3

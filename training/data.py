@@ -1,0 +1,428 @@
+"""The training set as tensors: tiles, their chips in memory or on disk, batches of crops and their photos.
+
+How crops are cut is in augment.py; how a training set is put together, in graft_pipeline/training_sets.py.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from upath import UPath
+
+from graft_pipeline.chips import decode
+from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.manifests import is_local
+from graft_pipeline.schemas import TRAINING_PAIRS
+from graft_pipeline.shards import read_member
+from training.augment import Crops, central_crops, random_crops
+from training.encoders import reduce_chips
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDINGS = "ground_embeddings.npy"
+_TABLE = "training_set.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of one split and their photos, photos in one flat row per tile.
+
+    Attributes:
+        tile_id: (T,) str.
+        shard: (T,) str, relative to the storage root.
+        offset: (T,) int64, bytes.
+        size_bytes: (T,) int64.
+        first_photo: (T + 1,) int64; photos of tile t are rows first_photo[t]:first_photo[t + 1].
+        position: (P, 2) float64, (column, row) of each photo in the chip as stored, pixels.
+        embedding_row: (P,) int64, row of each photo in the ground embeddings.
+    """
+
+    tile_id: NDArray[np.object_]
+    shard: NDArray[np.object_]
+    offset: NDArray[np.int64]
+    size_bytes: NDArray[np.int64]
+    first_photo: NDArray[np.int64]
+    position: NDArray[np.float64]
+    embedding_row: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tile_id)
+
+    def photos_of(self, tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All photos of some tiles.
+
+        Args:
+            tiles: (B,) int64, tile numbers.
+
+        Returns:
+            (P,) int64 photo rows, and (P,) int64 position of each photo's tile in `tiles`.
+        """
+        counts = self.first_photo[tiles + 1] - self.first_photo[tiles]
+        tile_of_photo = np.repeat(np.arange(len(tiles)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.first_photo[tiles][tile_of_photo] + within, tile_of_photo
+
+
+class TrainingSet:
+    """A frozen training set as `training_sets.build_training_set` wrote it.
+
+    Attributes:
+        fingerprint: content fingerprint, from the snapshot folder's name.
+        embeddings: (P, D) float32, f_G of all photos; a memory map where the storage is local.
+        pair_count: number of (tile, photo) rows, all splits.
+    """
+
+    def __init__(self, folder: UPath, storage_root: UPath) -> None:
+        """Read the table; chips stay where they are.
+
+        Args:
+            folder: folder of the snapshot, with training_set.parquet and ground_embeddings.npy.
+            storage_root: root that the table's shard names are relative to.
+
+        Raises:
+            InputError: if the folder is no training set.
+            DataError: if the table and the embeddings do not fit each other.
+        """
+        self.folder, self.storage_root = UPath(folder), UPath(storage_root)
+        try:
+            with (self.folder / _TABLE).open("rb") as file:
+                table = pq.read_table(file, schema=TRAINING_PAIRS.schema)
+            self.embeddings = _read_embeddings(self.folder / _EMBEDDINGS)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder} is no training set: {error}. Materialise training_set first."
+            ) from error
+        self.fingerprint = self.folder.name.removeprefix("snapshot=")
+        self.pair_count = len(table)
+        if len(table) and pc.max(table["embedding_row"]).as_py() >= len(self.embeddings):
+            raise DataError(
+                f"{folder} points past its {len(self.embeddings)} embeddings: materialise it again."
+            )
+        table = table.sort_by([("tile_id", "ascending"), ("photo_id", "ascending")])
+        self._splits = {
+            name: _tiles(table.filter(pc.equal(table["split"], name))) for name in ("train", "validation")
+        }
+
+    def split(self, name: Literal["train", "validation"]) -> Tiles:
+        """The tiles of a split.
+
+        Args:
+            name: `train` or `validation`.
+
+        Returns:
+            The tiles, in order of their ids; may be empty.
+        """
+        return self._splits[name]
+
+
+class Chips:
+    """Chips of a split, reduced once to the resolution of the model, kept in memory if they fit.
+
+    Attributes:
+        side_px: side of the reduced chips.
+        scale: reduced pixels per stored pixel.
+        is_in_memory: whether all chips were decoded up front.
+    """
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        storage_root: UPath,
+        *,
+        chip_px: int,
+        side_px: int,
+        memory_bytes: int,
+        threads: int = 0,
+    ) -> None:
+        """Decode all chips if they fit.
+
+        Args:
+            tiles: the tiles whose chips these are.
+            storage_root: root that shard names are relative to.
+            chip_px: side of the chips as stored.
+            side_px: side to reduce them to.
+            memory_bytes: most that they may take; above it, chips are decoded for each batch.
+            threads: threads that decode; 0: one per core, at most eight.
+
+        Raises:
+            DataError: if a chip cannot be decoded or has another size.
+        """
+        self._tiles, self._root, self._chip_px = tiles, storage_root, chip_px
+        self.side_px, self.scale = side_px, side_px / chip_px
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        self.is_in_memory = len(tiles) * side_px * side_px * 3 <= memory_bytes
+        self._all = self._decode(np.arange(len(tiles))) if self.is_in_memory else None
+
+    def take(self, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The chips of some tiles.
+
+        Args:
+            tiles: (B,) int64, tile numbers.
+
+        Returns:
+            (B, side_px, side_px, 3) uint8, RGB.
+
+        Raises:
+            DataError: if a chip cannot be decoded or has another size.
+        """
+        return self._decode(tiles) if self._all is None else self._all[tiles]
+
+    def _decode(self, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
+        out = np.empty((len(tiles), self.side_px, self.side_px, 3), dtype=np.uint8)
+
+        def decode_one(row: int) -> None:
+            tile = tiles[row]
+            shard = self._tiles.shard[tile]
+            content = read_member(
+                self._root, shard, int(self._tiles.offset[tile]), int(self._tiles.size_bytes[tile])
+            )
+            chip = decode(content)
+            if chip.shape != (self._chip_px, self._chip_px, 3):
+                raise DataError(
+                    f"Chip {self._tiles.tile_id[tile]} in {shard} is {chip.shape}, not {self._chip_px} px: "
+                    "materialise the chips and the training set again."
+                )
+            out[row] = reduce_chips(chip[None], self.side_px)[0]
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            # list() raises the first error of a worker.
+            list(pool.map(decode_one, range(len(tiles))))
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tiles and the photos inside their crops.
+
+    Attributes:
+        chips: (B, C, C, 3) uint8, reduced chips.
+        crops: the crop of each chip.
+        photos: (P, D) float32, f_G of the photos.
+        photo_row: (P,) int64, photo rows of the split.
+        tile_of_photo: (P,) int64, chip of the batch that each photo belongs to.
+        position: (P, 2) float64, (column, row) of each photo in its crop, pixels; all inside.
+    """
+
+    chips: NDArray[np.uint8]
+    crops: Crops
+    photos: NDArray[np.float32]
+    photo_row: NDArray[np.int64]
+    tile_of_photo: NDArray[np.int64]
+    position: NDArray[np.float64]
+
+
+class Batches:
+    """Training batches, each a pure function of seed and step, so that a run can go on anywhere.
+
+    Photos that leave a crop drop out at both levels: the paper's photos of a tile are those inside the square
+    that the model sees, and a photo outside it would ask the encoder for what is not in its image.
+    """
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        chips: Chips,
+        embeddings: NDArray[np.float32],
+        *,
+        crop_px: int,
+        batch_tiles: int,
+        photos_per_tile: int,
+        max_shift: float,
+        seed: int,
+    ) -> None:
+        """Prepare to draw batches.
+
+        Args:
+            tiles: tiles of the training split.
+            chips: their chips.
+            embeddings: (N, D) float32, ground embeddings.
+            crop_px: side of the crops, in pixels of the reduced chips.
+            batch_tiles: tiles per batch; fewer if the split has fewer.
+            photos_per_tile: at most so many photos of a tile, drawn anew each time.
+            max_shift: see `augment.random_crops`.
+            seed: seed of everything that is drawn.
+
+        Raises:
+            DataError: if there is no tile.
+        """
+        if not len(tiles):
+            raise DataError(
+                "The training split has no tile: scrape more regions, or lower validation_fraction."
+            )
+        self._tiles, self._chips, self._embeddings = tiles, chips, embeddings
+        self._crop_px, self._photos_per_tile, self._max_shift = crop_px, photos_per_tile, max_shift
+        self._seed = seed
+        self.batch_tiles = min(batch_tiles, len(tiles))
+        #: The last tiles of an epoch that fill no batch are left out of it; the next epoch's order is
+        # another.
+        self.per_epoch = len(tiles) // self.batch_tiles
+
+    def draw(self, step: int) -> Batch:
+        """The batch of a step.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            The batch; its photos are inside their crops and at most `photos_per_tile` per tile.
+        """
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._tiles))
+        tiles = order[place * self.batch_tiles : (place + 1) * self.batch_tiles]
+        random = np.random.default_rng([self._seed, 1, step])
+        crops = random_crops(
+            len(tiles), self._chips.side_px, self._crop_px, random, max_shift=self._max_shift
+        )
+        return assemble(
+            self._tiles, self._chips, self._embeddings, tiles, crops, self._photos_per_tile, random
+        )
+
+    def stream(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches of the steps `first` to `last - 1`, each prepared while its predecessor is used.
+
+        Args:
+            first: first step.
+            last: one more than the last step.
+
+        Yields:
+            The batches.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.draw, first) if first < last else None
+            for step in range(first, last):
+                batch = coming.result()
+                coming = pool.submit(self.draw, step + 1) if step + 1 < last else None
+                yield batch
+
+
+def assemble(
+    tiles: Tiles,
+    chips: Chips,
+    embeddings: NDArray[np.float32],
+    chosen: NDArray[np.int64],
+    crops: Crops,
+    photos_per_tile: int,
+    random: np.random.Generator,
+) -> Batch:
+    """Put chips, crops and the photos inside them together.
+
+    Args:
+        tiles: tiles of a split.
+        chips: their chips.
+        embeddings: (N, D) float32, ground embeddings.
+        chosen: (B,) int64, tiles of the batch.
+        crops: one crop per tile of the batch.
+        photos_per_tile: at most so many photos of a tile.
+        random: draws which.
+
+    Returns:
+        The batch, photos ordered by tile.
+    """
+    photo_row, tile_of_photo = tiles.photos_of(chosen)
+    position = crops.to_crop(tiles.position[photo_row] * chips.scale, tile_of_photo)
+    inside = crops.holds(position)
+    photo_row, tile_of_photo, position = photo_row[inside], tile_of_photo[inside], position[inside]
+    # A random order within each tile; the first ones of it stay.
+    order = np.lexsort((random.random(len(photo_row)), tile_of_photo))
+    counts = np.bincount(tile_of_photo, minlength=len(chosen))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = order[rank < photos_per_tile]
+    return Batch(
+        chips=chips.take(chosen),
+        crops=crops,
+        photos=np.asarray(embeddings[tiles.embedding_row[photo_row[kept]]], dtype=np.float32),
+        photo_row=photo_row[kept],
+        tile_of_photo=tile_of_photo[kept],
+        position=position[kept],
+    )
+
+
+def validation_batch(
+    tiles: Tiles,
+    chips: Chips,
+    embeddings: NDArray[np.float32],
+    *,
+    crop_px: int,
+    photos_per_tile: int,
+    seed: int,
+) -> Batch:
+    """All tiles of the validation split in one batch of central crops.
+
+    Args:
+        tiles: tiles of the validation split.
+        chips: their chips.
+        embeddings: (N, D) float32, ground embeddings.
+        crop_px: side of the crops, in pixels of the reduced chips.
+        photos_per_tile: at most so many photos of a tile.
+        seed: draws which.
+
+    Returns:
+        The batch.
+    """
+    chosen = np.arange(len(tiles))
+    crops = central_crops(len(tiles), chips.side_px, crop_px)
+    return assemble(
+        tiles, chips, embeddings, chosen, crops, photos_per_tile, np.random.default_rng([seed, 2])
+    )
+
+
+def first_tiles(tiles: Tiles, count: int, seed: int) -> Tiles:
+    """A random part of a split.
+
+    Args:
+        tiles: the split.
+        count: how many tiles at most.
+        seed: draws which.
+
+    Returns:
+        The part, in the split's order; the split itself if it is small enough.
+    """
+    if len(tiles) <= count:
+        return tiles
+    chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(tiles))[:count])
+    photo_row, tile_of_photo = tiles.photos_of(chosen)
+    counts = np.bincount(tile_of_photo, minlength=count)
+    return Tiles(
+        tile_id=tiles.tile_id[chosen],
+        shard=tiles.shard[chosen],
+        offset=tiles.offset[chosen],
+        size_bytes=tiles.size_bytes[chosen],
+        first_photo=np.concatenate([[0], np.cumsum(counts)]),
+        position=tiles.position[photo_row],
+        embedding_row=tiles.embedding_row[photo_row],
+    )
+
+
+def _tiles(table: pa.Table) -> Tiles:
+    """Tiles of one split from its rows, ordered by tile."""
+    tile_id = table["tile_id"].combine_chunks()
+    # Columns are compared in Arrow: ten million Python strings would take gigabytes.
+    is_first = pc.not_equal(tile_id.slice(1), tile_id.slice(0, max(len(tile_id) - 1, 0)))
+    first = np.flatnonzero(
+        np.concatenate([np.ones(min(len(tile_id), 1), bool), is_first.to_numpy(zero_copy_only=False)])
+    )
+    head = table.take(pa.array(first, pa.int64()))
+    return Tiles(
+        tile_id=head["tile_id"].to_numpy().astype(object),
+        shard=head["chip_shard"].to_numpy().astype(object),
+        offset=head["chip_offset"].to_numpy(),
+        size_bytes=head["chip_size_bytes"].to_numpy(),
+        first_photo=np.append(first, len(table)).astype(np.int64),
+        position=np.stack([table["col_px"].to_numpy(), table["row_px"].to_numpy()], axis=1),
+        embedding_row=table["embedding_row"].to_numpy(),
+    )
+
+
+def _read_embeddings(path: UPath) -> NDArray[np.float32]:
+    if is_local(path):
+        return np.load(os.fspath(path), mmap_mode="r")
+    with path.open("rb") as file:
+        return np.load(file)

@@ -1,0 +1,604 @@
+"""The training of a satellite encoder: batches in, Eq. 2 or Eq. 3 down, validated, resumable, exported.
+
+Batches come from data.py, losses from losses.py; known-good configurations are in recipes.py.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from upath import UPath
+
+from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.imagery import NAIP, Sensor
+from graft_pipeline.manifests import write_bytes_atomic
+from graft_pipeline.provenance import code_version, fingerprint
+from training.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from training.data import Batch, Batches, Chips, Tiles, TrainingSet, first_tiles, validation_batch
+from training.encoders import Clip, check_patch_tower, image_features, load_clip, patch_features, to_input
+from training.export import save_encoder
+from training.losses import image_level_loss, pixel_level_loss
+from training.optimisation import check_finite, make_optimizer, one_cycle
+
+logger = logging.getLogger(__name__)
+
+RECALL_AT = (1, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides what a training gives.
+
+    Attributes:
+        level: `image` trains f_S^I with Eq. 2, `pixel` f_S^P with Eq. 3.
+        architecture: foundation model, as in `encoders.load_clip`.
+        pretrained: its weights, as in `encoders.load_clip`.
+        sensor: whose chips these are; gives chip and crop size.
+        steps: optimizer steps.
+        batch_tiles: N_B, tiles per step; the whole split if it is smaller.
+        photos_per_tile: at most so many photos of a tile and step.
+        learning_rate: peak of the schedule.
+        warmup_steps: steps of linear warm-up before the cosine.
+        weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
+        grad_clip: largest gradient norm.
+        temperature: tau, fixed.
+        max_shift: largest move of a crop in x and y, as a share of its side; see `augment.random_crops`.
+        validate_every: steps between validations, which are also the checkpoints.
+        validation_tiles: at most so many tiles of the validation split are looked at.
+        chip_memory_gb: reduced chips are kept in memory up to this size.
+        precision: `bf16` runs the encoder under autocast.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` ...
+        threads: CPU threads of PyTorch; None: as they are set.
+        seed: seed of order, crops and drawn photos.
+    """
+
+    level: Literal["image", "pixel"]
+    architecture: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    sensor: Sensor = NAIP
+    steps: int = 20_000
+    batch_tiles: int = 256
+    photos_per_tile: int = 25
+    learning_rate: float = 1e-5
+    warmup_steps: int = 500
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    grad_clip: float = 1.0
+    temperature: float = 0.07
+    max_shift: float = 0.5
+    validate_every: int = 500
+    validation_tiles: int = 512
+    chip_memory_gb: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject configurations that cannot train."""
+        positive = (
+            "steps",
+            "batch_tiles",
+            "photos_per_tile",
+            "learning_rate",
+            "temperature",
+            "validate_every",
+        )
+        wrong = [name for name in positive if getattr(self, name) <= 0]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)} of a TrainConfig must be positive.")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the encoder does on the validation split, on upright central crops.
+
+    Attributes:
+        loss: Eq. 2 or Eq. 3 over the looked-at tiles as one batch.
+        recall_at_1: share of queries whose nearest photo is one of the tile's own; a query is a tile (image
+            level) or a photo's pixel (pixel level).
+        recall_at_10: share of queries with one of the tile's own photos among the ten nearest.
+        tiles: number of tiles looked at.
+        photos: number of photos they were compared with.
+    """
+
+    loss: float
+    recall_at_1: float
+    recall_at_10: float
+    tiles: int
+    photos: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        loss: training loss of the step.
+        learning_rate: of the step.
+        validation: if the step ended with one.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    validation: Validation | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        folder: open_clip folder of the encoder; `local-dir:{folder}` loads it.
+        model_id: fingerprint of the exported model.
+        history: per step: step, loss, learning_rate.
+        validations: per validation: step and the fields of `Validation`; step 0 is the foundation model
+            itself.
+        best_step: step of the exported weights: least validation loss, or the last step without a validation
+            split.
+        train_tiles: tiles of the training split.
+        train_photos: (tile, photo) pairs of the training split.
+        seconds: wall time of this call.
+        cpu_seconds: CPU time of this process in this call.
+        peak_memory_gb: largest resident memory of this process so far.
+        peak_device_memory_gb: largest allocated GPU memory; None on CPU.
+    """
+
+    folder: UPath
+    model_id: str
+    history: list[dict[str, float]]
+    validations: list[dict[str, float]]
+    best_step: int
+    train_tiles: int
+    train_photos: int
+    seconds: float
+    cpu_seconds: float
+    peak_memory_gb: float
+    peak_device_memory_gb: float | None
+
+
+@dataclass
+class _Run:
+    """State of a run that a checkpoint carries besides tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    config: TrainConfig,
+    training_set_folder: UPath,
+    storage_root: UPath,
+    output: UPath,
+    progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a satellite encoder from the foundation model's image tower.
+
+    `output` gets `encoder/` (the open_clip folder with its model card), `history.json`, and while the
+    training runs `checkpoints/`. A run that was killed goes on at its last checkpoint if configuration, data
+    and foundation model are the same; on a CPU it ends with the same weights, bit for bit, as one that was
+    not.
+
+    Args:
+        config: what to train and how.
+        training_set_folder: snapshot folder of `training_set`.
+        storage_root: storage root that the chip shards' names are relative to.
+        output: folder of this training; one training at a time writes there.
+        progress: called after each step.
+
+    Returns:
+        Folder, curves and costs.
+
+    Raises:
+        SettingsError: if the foundation model cannot be loaded.
+        InputError: if the training set is not there, or the tower has no patch tokens for the pixel level.
+        DataError: if chips or embeddings do not fit the configuration.
+        TrainingError: if the loss is no finite number any more.
+    """
+    started, started_cpu = time.perf_counter(), time.process_time()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clip = load_clip(config.architecture, config.pretrained, device)
+    foundation_id = clip.fingerprint()
+    tower = clip.model.visual
+    if config.level == "pixel":
+        check_patch_tower(tower)
+    data = TrainingSet(training_set_folder, storage_root)
+    _check_width(data, clip)
+    trainer = _Trainer(config, clip, data, device)
+    identity = fingerprint(asdict(config), data.fingerprint, foundation_id, _code_version())
+
+    last, best = output / "checkpoints" / "last.safetensors", output / "checkpoints" / "best.safetensors"
+    run = trainer.resume(last, identity)
+    if run is None:
+        run = _Run()
+        trainer.validate(run)
+    for batch in trainer.batches.stream(run.step, config.steps):
+        loss, rate = trainer.step(batch, run.step)
+        run.step += 1
+        run.history.append({"step": run.step, "loss": loss, "learning_rate": rate})
+        validation = None
+        if run.step % config.validate_every == 0 or run.step == config.steps:
+            validation = trainer.validate(run)
+            if run.best_step == run.step:
+                save_checkpoint(best, trainer.weights(), {"identity": identity, "step": run.step})
+            # `last` comes second: a run killed in between goes on before `best` and writes it again.
+            save_checkpoint(last, trainer.tensors(), {"identity": identity, "run": asdict(run)})
+            logger.info("step %d of %d: loss %.3f, validation %s", run.step, config.steps, loss, validation)
+        if progress:
+            progress(Progress(run.step, config.steps, loss, rate, validation))
+
+    trainer.restore(best, run)
+    write_bytes_atomic(
+        output / "history.json", _json({"history": run.history, "validations": run.validations})
+    )
+    card = model_card(config, data, clip, foundation_id, run.validations, run.best_step)
+    folder = save_encoder(output / "encoder", clip, card)
+    for checkpoint in (last, best):
+        checkpoint.unlink(missing_ok=True)
+    return TrainResult(
+        folder=folder,
+        model_id=clip.fingerprint(),
+        history=run.history,
+        validations=run.validations,
+        best_step=run.best_step,
+        train_tiles=len(trainer.tiles),
+        train_photos=len(trainer.tiles.embedding_row),
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - started_cpu,
+        peak_memory_gb=peak_memory_gb(),
+        peak_device_memory_gb=torch.cuda.max_memory_allocated(device) / 2**30
+        if device.type == "cuda"
+        else None,
+    )
+
+
+class _Trainer:
+    """A tower, its optimizer and its data; knows one step and one validation."""
+
+    def __init__(self, config: TrainConfig, clip: Clip, data: TrainingSet, device: torch.device) -> None:
+        self.config, self._clip, self._device = config, clip, device
+        self._tower = clip.model.visual
+        clip.model.requires_grad_(False)
+        self._tower.requires_grad_(True)
+        self._optimizer = make_optimizer(
+            self._tower.parameters(), config.learning_rate, config.weight_decay, config.betas
+        )
+        self._side_px = round(clip.image_px * config.sensor.chip_px / config.sensor.crop_px)
+        self.tiles = data.split("train")
+        self.batches = Batches(
+            self.tiles,
+            self._chips(self.tiles, data),
+            data.embeddings,
+            crop_px=clip.image_px,
+            batch_tiles=config.batch_tiles,
+            photos_per_tile=config.photos_per_tile,
+            max_shift=config.max_shift,
+            seed=config.seed,
+        )
+        seen = first_tiles(data.split("validation"), config.validation_tiles, config.seed)
+        self._validation: Batch | None = None
+        if len(seen):
+            self._validation = validation_batch(
+                seen,
+                self._chips(seen, data),
+                data.embeddings,
+                crop_px=clip.image_px,
+                photos_per_tile=config.photos_per_tile,
+                seed=config.seed,
+            )
+        else:
+            logger.warning("the validation split has no tile: the last weights are kept, not the best")
+
+    def _chips(self, tiles: Tiles, data: TrainingSet) -> Chips:
+        return Chips(
+            tiles,
+            data.storage_root,
+            chip_px=self.config.sensor.chip_px,
+            side_px=self._side_px,
+            memory_bytes=int(self.config.chip_memory_gb * 2**30),
+        )
+
+    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+        """One optimizer step.
+
+        Args:
+            batch: its batch.
+            step: its number, from 0.
+
+        Returns:
+            Loss and learning rate.
+        """
+        config = self.config
+        rate = one_cycle(self._optimizer, step, config.steps, config.warmup_steps, config.learning_rate)
+        self._tower.train()
+        loss = self._loss(self._queries(batch), batch)
+        check_finite(loss, step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._tower.parameters(), config.grad_clip)
+        self._optimizer.step()
+        return loss.item(), rate
+
+    @torch.no_grad()
+    def validate(self, run: _Run) -> Validation | None:
+        """Validate, and note in the run whether this is the best so far."""
+        if self._validation is None:
+            run.best_step = run.step
+            return None
+        self._tower.eval()
+        batch = self._validation
+        queries = self._queries(batch)
+        loss = self._loss(queries, batch).item()
+        own_tile = np.arange(len(batch.chips)) if self.config.level == "image" else batch.tile_of_photo
+        has_photo = np.isin(own_tile, batch.tile_of_photo)
+        recalls = recall(
+            queries[torch.from_numpy(has_photo).to(self._device)],
+            self._to_device(batch.photos),
+            own_tile[has_photo],
+            batch.tile_of_photo,
+            RECALL_AT,
+        )
+        validation = Validation(loss, recalls[0], recalls[1], len(batch.chips), len(batch.photos))
+        run.validations.append({"step": run.step, **asdict(validation)})
+        if run.step and loss < run.best_loss:
+            run.best_step, run.best_loss = run.step, loss
+        return validation
+
+    def _queries(self, batch: Batch) -> Tensor:
+        """Embeddings of the batch's tiles (B, D), or of its photos' pixels (P, D); float32."""
+        parts = []
+        for first in range(0, len(batch.chips), self.config.batch_tiles):
+            rows = slice(first, first + self.config.batch_tiles)
+            part = _rows_of(batch, rows)
+            chips = self._to_device(part.chips).permute(0, 3, 1, 2).float()
+            pixels = to_input(self._clip, part.crops.sample(chips))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                if self.config.level == "image":
+                    parts.append(image_features(self._tower, pixels).float())
+                else:
+                    patches = patch_features(self._tower, pixels).float()
+                    parts.append(at_pixels(patches, part.position, part.tile_of_photo, self._clip.image_px))
+        return torch.cat(parts)
+
+    def _loss(self, queries: Tensor, batch: Batch) -> Tensor:
+        photos, tile_of_photo = self._to_device(batch.photos), self._to_device(batch.tile_of_photo)
+        if self.config.level == "image":
+            return image_level_loss(queries, photos, tile_of_photo, self.config.temperature)
+        return pixel_level_loss(queries, photos, tile_of_photo, len(batch.chips), self.config.temperature)
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tower's tensors by name."""
+        return {f"tower/{name}": tensor for name, tensor in self._tower.state_dict().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a run needs to go on."""
+        return self.weights() | pack_optimizer(self._optimizer)
+
+    def resume(self, path: UPath, identity: str) -> _Run | None:
+        """Go on from a checkpoint of the same training; None if there is none."""
+        loaded = load_checkpoint(path, self._device)
+        if loaded is None or loaded[1]["identity"] != identity:
+            return None
+        tensors, state = loaded
+        self._load_tower(tensors)
+        unpack_optimizer(self._optimizer, tensors)
+        run = _Run(**state["run"])
+        logger.info("going on after step %d", run.step)
+        return run
+
+    def restore(self, path: UPath, run: _Run) -> None:
+        """Load the best weights, unless they are the present ones."""
+        loaded = load_checkpoint(path, self._device) if run.best_step != run.step else None
+        if loaded is not None:
+            self._load_tower(loaded[0])
+        self._tower.eval()
+
+    def _load_tower(self, tensors: dict[str, Tensor]) -> None:
+        own = {
+            name.removeprefix("tower/"): value for name, value in tensors.items() if name.startswith("tower/")
+        }
+        self._tower.load_state_dict(own)
+
+
+def at_pixels(
+    patches: Tensor, position: NDArray[np.float64], tile_of_photo: NDArray[np.int64], image_px: int
+) -> Tensor:
+    """f_S^P(s)[p]: the feature of the patch that contains each pixel.
+
+    Args:
+        patches: (B, rows, columns, D) features.
+        position: (P, 2) float64, (column, row) in the image, 0 <= position < image_px.
+        tile_of_photo: (P,) int64, image of each position.
+        image_px: side of the images.
+
+    Returns:
+        (P, D) features.
+    """
+    rows, columns = patches.shape[1:3]
+    column = torch.from_numpy(np.floor(position[:, 0] * columns / image_px).astype(np.int64)).to(
+        patches.device
+    )
+    row = torch.from_numpy(np.floor(position[:, 1] * rows / image_px).astype(np.int64)).to(patches.device)
+    return patches[torch.from_numpy(tile_of_photo).to(patches.device), row, column]
+
+
+def recall(
+    queries: Tensor,
+    photos: Tensor,
+    tile_of_query: NDArray[np.int64],
+    tile_of_photo: NDArray[np.int64],
+    ks: tuple[int, ...],
+) -> list[float]:
+    """Recall@k: share of queries with a photo of their own tile among the k nearest photos.
+
+    Args:
+        queries: (Q, D) L2-normalised.
+        photos: (P, D) L2-normalised.
+        tile_of_query: (Q,) tile of each query.
+        tile_of_photo: (P,) tile of each photo.
+        ks: each k.
+
+    Returns:
+        One recall per k.
+    """
+    nearest = (queries @ photos.T).topk(min(max(ks), len(photos)), dim=1).indices.cpu().numpy()
+    is_own = tile_of_photo[nearest] == tile_of_query[:, None]
+    return [float(is_own[:, :k].any(axis=1).mean()) for k in ks]
+
+
+def model_card(
+    config: TrainConfig,
+    data: TrainingSet,
+    clip: Clip,
+    foundation_id: str,
+    validations: list[dict[str, float]],
+    best_step: int,
+) -> dict[str, Any]:
+    """What model_card.json says of a satellite encoder.
+
+    Args:
+        config: how it was trained.
+        data: on what.
+        clip: the trained model.
+        foundation_id: fingerprint of the foundation model it started from.
+        validations: as in `TrainResult`.
+        best_step: as in `TrainResult`.
+
+    Returns:
+        The card; it holds no time of day, so that equal trainings give equal folders.
+    """
+    sensor = config.sensor
+    at_best = [validation for validation in validations if validation["step"] == best_step]
+    settings = asdict(config)
+    # Where a machine keeps its weights, and on what it computes, is not the model's business.
+    for name in ("sensor", "architecture", "pretrained", "device", "threads", "chip_memory_gb"):
+        settings.pop(name)
+    return {
+        "what": f"Satellite {config.level} encoder aligned with {clip.name} through ground photos (GRAFT)",
+        "level": config.level,
+        "model_id": clip.fingerprint(),
+        "foundation": {"name": clip.name, "model_id": foundation_id},
+        "sensor": {
+            "name": sensor.name,
+            "collection": sensor.collection,
+            "bands": list(sensor.bands),
+            "gsd_m": sensor.gsd_m,
+            "display_range": sensor.display_range,
+            "crop_px": sensor.crop_px,
+        },
+        "input": {
+            "image_px": clip.image_px,
+            "metres_per_input_pixel": sensor.footprint_m / clip.image_px,
+            "mean": list(clip.preprocess_config["mean"]),
+            "std": list(clip.preprocess_config["std"]),
+        },
+        "training_set": {
+            "fingerprint": data.fingerprint,
+            "train_tiles": len(data.split("train")),
+            "validation_tiles": len(data.split("validation")),
+            "pairs": data.pair_count,
+        },
+        "training": settings | {"best_step": best_step},
+        "validation": at_best[0] if at_best else None,
+        "code_version": _code_version(),
+        "intended_use": [
+            "Zero-shot classification, retrieval and mapping of land cover and land use by text, at this "
+            "sensor's resolution, in the regions and seasons that its photos cover.",
+            "Scores rank; they are not calibrated probabilities. The vocabulary is the foundation model's.",
+        ],
+        "limits": [
+            "Things that move (ships, vehicles, crowds) are not aligned: photo and scene differ in time.",
+            "Biases of the foundation model and of who photographs what, where, carry over.",
+            "Not for identifying or following people, and not as the sole ground of a decision about anyone.",
+        ],
+    }
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: `auto` (CUDA if there is one, else CPU) or PyTorch's own name.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: if PyTorch does not know it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"Device {name!r} is not known: use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"Device {name!r} is not available on this machine: use auto or cpu.")
+    return device
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    """Part of a batch: some tiles and their photos, which lie in order of tiles."""
+    if rows.start == 0 and rows.stop >= len(batch.chips):
+        return batch
+    photos = slice(*np.searchsorted(batch.tile_of_photo, [rows.start, rows.stop]))
+    crops = type(batch.crops)(
+        batch.crops.matrix[rows], batch.crops.center[rows], batch.crops.chip_px, batch.crops.crop_px
+    )
+    return Batch(
+        batch.chips[rows],
+        crops,
+        batch.photos[photos],
+        batch.photo_row[photos],
+        batch.tile_of_photo[photos] - rows.start,
+        batch.position[photos],
+    )
+
+
+def _check_width(data: TrainingSet, clip: Clip) -> None:
+    if data.embeddings.shape[1] != clip.embedding_width:
+        raise DataError(
+            f"The training set's photos were embedded in {data.embeddings.shape[1]} dimensions, {clip.name} "
+            f"has {clip.embedding_width}: train from the model that embedded them, or embed them again."
+        )
+
+
+def _code_version() -> str:
+    return code_version(
+        *(f"training.{name}" for name in ("augment", "data", "encoders", "loop", "losses", "optimisation"))
+    )
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -1,0 +1,84 @@
+"""Recipes that are known to work: the paper's, the planet's small models, and one that only tests machinery.
+
+What the fields mean is said in loop.py and foundation.py; `dataclasses.replace` changes single ones.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graft_pipeline.imagery import Sensor
+from training.foundation import FoundationConfig
+from training.loop import TrainConfig
+
+#: ViT-B/16 from OpenAI's CLIP, temperature 0.07, at most 25 photos a tile (paper, sections 3.2 and 3.4).
+PAPER_IMAGE = TrainConfig(level="image", learning_rate=1e-5, precision="bf16")
+PAPER_PIXEL = TrainConfig(level="pixel", learning_rate=5e-5, precision="bf16")
+
+#: The small CLIP that stands in for OpenAI's on the planet.
+PLANET_FOUNDATION = FoundationConfig()
+
+#: The small encoders want about a hundred times the paper's learning rate.
+PLANET_IMAGE = TrainConfig(
+    level="image",
+    steps=250,
+    batch_tiles=96,
+    photos_per_tile=5,
+    learning_rate=1e-3,
+    warmup_steps=20,
+    validate_every=50,
+)
+PLANET_PIXEL = replace(PLANET_IMAGE, level="pixel")
+
+#: Seconds; the models it gives know nothing.
+SMOKE_FOUNDATION = FoundationConfig(
+    width=32, head_width=16, vision_layers=1, text_layers=1, steps=4, batch_size=16
+)
+SMOKE_IMAGE = replace(PLANET_IMAGE, steps=4, batch_tiles=8, warmup_steps=1, validate_every=2)
+SMOKE_PIXEL = replace(SMOKE_IMAGE, level="pixel")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All configurations of a deployment.
+
+    Attributes:
+        image: of image-level encoders.
+        pixel: of pixel-level encoders.
+        foundation: of the planet's foundation model.
+        captioned_photos: how many photos the planet's foundation model learns from.
+    """
+
+    image: TrainConfig
+    pixel: TrainConfig
+    foundation: FoundationConfig = PLANET_FOUNDATION
+    captioned_photos: int = 12_000
+
+    def encoder(
+        self,
+        level: Literal["image", "pixel"],
+        sensor: Sensor,
+        architecture: str,
+        pretrained: str | None,
+        seed: int = 0,
+    ) -> TrainConfig:
+        """The configuration of one encoder.
+
+        Args:
+            level: `image` or `pixel`.
+            sensor: whose chips it sees.
+            architecture: foundation model that it starts from, as in `encoders.load_clip`.
+            pretrained: its weights.
+            seed: seed of the training.
+
+        Returns:
+            The configuration.
+        """
+        config = self.image if level == "image" else self.pixel
+        return replace(config, sensor=sensor, architecture=architecture, pretrained=pretrained, seed=seed)
+
+
+RECIPES = {
+    "paper": Recipe(PAPER_IMAGE, PAPER_PIXEL),
+    "planet": Recipe(PLANET_IMAGE, PLANET_PIXEL),
+    "smoke": Recipe(SMOKE_IMAGE, SMOKE_PIXEL, SMOKE_FOUNDATION, captioned_photos=64),
+}
