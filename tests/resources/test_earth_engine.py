@@ -335,6 +335,7 @@ def test_listing_asks_for_a_half_open_window_of_start_times(scripted, script):
         'startTime >= "2020-01-01T00:00:00.000000Z" AND startTime < "2021-01-01T00:00:00.000000Z" AND '
         "intersects(\"{'type': 'Polygon', 'coordinates': [[[-72.010000, 41.990000], [-70.990000, 41.990000], "
         '[-70.990000, 43.010000], [-72.010000, 43.010000], [-72.010000, 41.990000]]]}")'
+        " AND properties.CLOUDY_PIXEL_PERCENTAGE < 1.0"
     )
     assert request.query["pageSize"] == "1000"
     assert request.query["fields"] == (
