@@ -621,3 +621,95 @@ def test_the_librarys_own_retries_never_sleep(scripted, script, reply, caplog):
 def test_rasterio_environment_is_untouched():
     decode_chip(geotiff(), NAIP, GRID)
     assert not rasterio.env.hasenv()
+
+
+# --- the planet ---
+
+PLANET_BOX = (-71.40, 42.30, -71.36, 42.33)
+
+
+def planet_engine(url, **options):
+    return engine(url, project="local-planet", **{"timeout_s": 30.0, "concurrency": 8, **options})
+
+
+def grid_inside(found, gsd_m, size_px=64):
+    """A grid well inside a scene, in WGS84 UTM, on the scene's own pixels."""
+    first = found["bands"][0]["grid"]
+    affine = first["affineTransform"]
+    epsg = int(first["crsCode"].removeprefix("EPSG:"))
+    epsg = epsg if epsg > 32600 else epsg - 26900 + 32600
+    return Grid(epsg, affine["translateX"] + 2000.0, affine["translateY"] - 2000.0, gsd_m, size_px, size_px)
+
+
+@pytest.mark.parametrize("sensor", [NAIP, SENTINEL2], ids=lambda sensor: sensor.name)
+def test_planet_lists_scenes_of_a_window(planet, sensor):
+    earth_engine = planet_engine(planet.url)
+    found = earth_engine.list_scenes(sensor, PLANET_BOX)
+    times = sorted(item["startTime"] for item in found)
+    assert len(found) > 3
+    assert times[0] >= sensor.listed_from
+    middle = datetime.fromisoformat(times[len(times) // 2])
+    before = earth_engine.list_scenes(sensor, PLANET_BOX, end=middle)
+    after = earth_engine.list_scenes(sensor, PLANET_BOX, start=middle)
+    assert {item["id"] for item in before} | {item["id"] for item in after} == {item["id"] for item in found}
+    assert not {item["id"] for item in before} & {item["id"] for item in after}
+    for item in found:
+        assert {"id", "grid"} <= set(item["bands"][0])
+        if sensor.cloud_property:
+            assert item["properties"][sensor.cloud_property] < sensor.max_cloud_pct
+
+
+@pytest.mark.parametrize("sensor", [NAIP, SENTINEL2], ids=lambda sensor: sensor.name)
+def test_planet_serves_chips_whose_overlap_agrees(planet, sensor):
+    earth_engine = planet_engine(planet.url)
+    item = earth_engine.list_scenes(sensor, PLANET_BOX)[0]
+    grid = grid_inside(item, sensor.gsd_m)
+    moved = Grid(grid.epsg, grid.x0_m + 16 * grid.gsd_m, grid.y0_m - 8 * grid.gsd_m, grid.gsd_m, 64, 64)
+    chip, other = (earth_engine.get_chip(sensor, item["id"], place) for place in (grid, moved))
+    assert chip.shape == (64, 64, 3)
+    assert chip.dtype == (np.uint8 if sensor is NAIP else np.uint16)
+    assert np.array_equal(chip[8:, 16:], other[:-8, :-16])
+    assert np.ptp(chip) > 0
+
+
+def test_planet_has_nothing_outside_a_scene(planet):
+    earth_engine = planet_engine(planet.url)
+    item = earth_engine.list_scenes(NAIP, PLANET_BOX)[0]
+    grid = grid_inside(item, 1.0)
+    away = Grid(grid.epsg, grid.x0_m + 100_000, grid.y0_m, 1.0, 32, 32)
+    assert not earth_engine.get_chip(NAIP, item["id"], away).any()
+
+
+def test_planet_refuses_as_google_does(planet):
+    earth_engine = planet_engine(planet.url)
+    with pytest.raises(ItemError, match="not found") as caught:
+        earth_engine.get_chip(NAIP, "USDA/NAIP/DOQQ/m_0000000_no_19_1_20210101", GRID)
+    assert caught.value.reason == "scene_missing"
+    with pytest.raises(SettingsError, match=r"serviceusage.*GRAFT_EE_PROJECT"):
+        engine(planet.url, project="forbidden").list_scenes(NAIP, PLANET_BOX)
+
+
+def test_planet_full_of_faults_yields_the_same_chips(planet, make_planet):
+    calm = planet_engine(planet.url)
+    items = calm.list_scenes(NAIP, PLANET_BOX)[:8]
+    wanted = [calm.get_chip(NAIP, item["id"], grid_inside(item, 1.0)) for item in items]
+    rough_planet = make_planet(seed=0, fault_rate=0.4)
+    rough = planet_engine(rough_planet.url, attempts=12)
+    found = [rough.get_chip(NAIP, item["id"], grid_inside(item, 1.0)) for item in items]
+    assert all(np.array_equal(one, other) for one, other in zip(wanted, found, strict=True))
+    stats = rough_planet.stats()
+    assert sum(count for name, count in stats.items() if name.startswith("fault_")) > 0
+    assert stats["get_pixels"] > len(items)
+
+
+def test_calm_planet_is_asked_once_per_chip(make_planet):
+    planet = make_planet(seed=0)
+    earth_engine = planet_engine(planet.url)
+    item = earth_engine.list_scenes(NAIP, PLANET_BOX)[0]
+    for number in range(20):
+        grid = grid_inside(item, 1.0, 32)
+        earth_engine.get_chip(NAIP, item["id"], Grid(grid.epsg, grid.x0_m + number, grid.y0_m, 1.0, 32, 32))
+    stats = planet.stats()
+    assert stats["get_pixels"] == 20
+    assert stats["discovery"] + stats["algorithms"] + stats["list_assets"] == 4
+    assert earth_engine.requests == 24

@@ -287,6 +287,14 @@ def test_pace_is_kept_over_restarts(scripted, reply, tmp_path):
         assert database.execute("select count(*) from rate_bucket").fetchone()[0] == 2
 
 
+def test_calls_are_paced(scripted, reply):
+    server = scripted(lambda request: reply(page([])))
+    with client(server.url, calls_per_hour=1) as flickr:
+        search(flickr)
+        _, limiter = flickr._opened
+        assert not limiter.try_acquire("flickr", blocking=False)
+
+
 def test_damaged_pacing_file_is_explained(free_url, tmp_path):
     file = tmp_path / "pace.sqlite"
     file.write_bytes(b"no database" * 1000)
