@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from resources.http import (
     TransientError,
     UnreachableError,
     host_of,
+    is_http_url,
     parse_retry_after,
 )
 
@@ -97,7 +97,7 @@ class EarthEngine:
     ) -> None:
         if not project:
             raise SettingsError("Earth Engine needs a Cloud project: set GRAFT_EE_PROJECT.")
-        if urlsplit(url).scheme not in ("http", "https"):
+        if not is_http_url(url):
             raise SettingsError(f"Earth Engine's address {url!r} is no http(s) URL: correct GRAFT_EE_URL.")
         self._target = _Target(
             url.rstrip("/"), project, key_file, is_anonymous, credentials, timeout_s, concurrency

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from graft_pipeline.errors import GraftError, InputError, ServiceError, SettingsError
 from graft_pipeline.settings import Settings
@@ -24,6 +23,7 @@ from resources.http import (
     Retries,
     TransientError,
     host_of,
+    is_http_url,
     parse_retry_after,
 )
 
@@ -107,7 +107,7 @@ class FlickrClient:
             raise SettingsError(
                 "Flickr needs a key and its secret: set GRAFT_FLICKR_KEY and GRAFT_FLICKR_SECRET."
             )
-        if urlsplit(url).scheme not in ("http", "https"):
+        if not is_http_url(url):
             raise SettingsError(f"Flickr's address {url!r} is no http(s) URL: correct GRAFT_FLICKR_URL.")
         self._key, self._secret = key, secret
         self._url = url

@@ -301,7 +301,19 @@ def parse_retry_after(value: str | None) -> float | None:
 
 def host_of(url: str) -> str:
     """Host and port of a URL, for messages."""
-    return urlsplit(url).netloc.rpartition("@")[2] or url
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2] or url
+    except ValueError:
+        return url
+
+
+def is_http_url(url: str) -> bool:
+    """Whether a string is an absolute http or https URL with a host."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 class Retries:

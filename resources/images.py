@@ -5,13 +5,14 @@ Which photos are fetched and where the images are stored is decided in graft_pip
 
 import io
 import logging
+import re
 import struct
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import numpy as np
 
-from graft_pipeline.errors import ItemError, ServiceError
+from graft_pipeline.errors import ItemError, ServiceError, SettingsError
 from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.settings import Settings
 from resources.http import (
@@ -26,6 +27,7 @@ from resources.http import (
     TransientError,
     UnreachableError,
     host_of,
+    is_http_url,
 )
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,9 @@ class ImageFetcher:
         timeout_s: float = 30.0,
         retries: Retries | None = None,
     ) -> None:
-        self._static_url = static_url.rstrip("/") if static_url else None
+        if static_url is not None and not is_http_url(static_url):
+            raise SettingsError(f"{static_url!r} is no http(s) URL: correct GRAFT_FLICKR_STATIC_URL.")
+        self._static_url = static_url.rstrip("/") if static_url is not None else None
         self.concurrency = concurrency
         self._retries = retries or Retries()
         self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s, public_only=static_url is None)
@@ -150,8 +154,10 @@ class ImageFetcher:
 
     def _get(self, url: str) -> Answer:
         """The first answer that is no redirect."""
+        target = self._address(url)
+        if target is None:
+            raise ItemError("url_not_allowed", f"{url!r} is not on Flickr's image hosts", is_permanent=True)
         for _ in range(MAX_REDIRECTS + 1):
-            target = self._address(url)
             try:
                 answer = self._pool.request("GET", target, headers=_HEADERS, max_bytes=MAX_BYTES)
             except BodyTooLargeError as error:
@@ -168,12 +174,17 @@ class ImageFetcher:
             if not 300 <= answer.status < 400:
                 self._check_status(url, answer)
                 return answer
-            location = urljoin(target, answer.headers.get("location", ""))
-            if _PLACEHOLDER in urlsplit(location).path:
+            try:
+                location = urljoin(target, answer.headers.get("location", ""))
+            except ValueError:
+                location = "nowhere"
+            if _PLACEHOLDER in location:
                 raise ItemError("gone", f"{url}: removed from Flickr", is_permanent=True)
-            if not self._is_allowed(location):
+            is_inside = self._static_url is not None and location.startswith(self._static_url + "/")
+            onward = location if is_inside else self._address(location)
+            if onward is None:
                 raise ItemError("redirected", f"{url}: redirected to {host_of(location)}", is_permanent=False)
-            url = location
+            target = onward
         raise ItemError("redirected", f"{url}: more than {MAX_REDIRECTS} redirects", is_permanent=False)
 
     def _check_status(self, url: str, answer: Answer) -> None:
@@ -191,27 +202,18 @@ class ImageFetcher:
             raise ItemError("forbidden", f"{url}: HTTP {status}", is_permanent=False)
         raise ItemError("refused", f"{url}: HTTP {status}", is_permanent=True)
 
-    def _address(self, url: str) -> str:
-        """Where a URL is really fetched from."""
-        if not self._is_allowed(url):
-            raise ItemError("url_not_allowed", f"{url!r} is not on Flickr's image hosts", is_permanent=True)
-        if self._static_url is not None and not url.startswith(self._static_url + "/"):
-            return self._static_url + (urlsplit(url).path or "/")
-        return url
-
-    def _is_allowed(self, url: str) -> bool:
-        if self._static_url is not None and url.startswith(self._static_url + "/"):
-            return True
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            return False
-        host = parts.hostname or ""
-        is_flickr = host == "staticflickr.com" or host.endswith(".staticflickr.com")
-        return parts.scheme == "https" and is_flickr and port in (None, 443) and "@" not in parts.netloc
+    def _address(self, url: str) -> str | None:
+        """Where a URL of Flickr's hosts is really fetched from; None if it is no such URL."""
+        match = _FLICKR_URL.fullmatch(url)
+        if match is None or ".." in match[1].split("/"):
+            return None
+        return url if self._static_url is None else self._static_url + match[1]
 
 
+#: Strict, so that no two parsers can read different hosts out of one URL.
+_FLICKR_URL = re.compile(
+    r"https://(?:[a-z0-9-]+\.)*staticflickr\.com(?::443)?(/[\w./~%+-]*)(?:\?[\w=&.-]*)?", re.ASCII
+)
 _HEADERS = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 
 

@@ -596,7 +596,7 @@ def test_missing_project_is_explained():
         EarthEngine.from_settings(Settings(world="planet"))
 
 
-@pytest.mark.parametrize("url", ["", "earthengine.googleapis.com", "file:///etc"])
+@pytest.mark.parametrize("url", ["", "earthengine.googleapis.com", "file:///etc", "http://[broken"])
 def test_unusable_address_is_a_settings_error(url):
     with pytest.raises(SettingsError, match="GRAFT_EE_URL"):
         engine(url)

@@ -268,7 +268,7 @@ def test_missing_key_is_a_settings_error(missing):
         FlickrClient.from_settings(settings.model_copy(update={missing: None}))
 
 
-@pytest.mark.parametrize("url", ["", "api.flickr.com", "file:///etc/passwd"])
+@pytest.mark.parametrize("url", ["", "api.flickr.com", "file:///etc/passwd", "http://[broken", "https://"])
 def test_unusable_address_is_a_settings_error(url):
     with pytest.raises(SettingsError, match="GRAFT_FLICKR_URL"):
         FlickrClient(KEY, SECRET, url=url)

@@ -7,7 +7,7 @@ import pytest
 import tenacity
 from PIL import Image, ImageDraw
 
-from graft_pipeline.errors import ItemError, ServiceError
+from graft_pipeline.errors import ItemError, ServiceError, SettingsError
 from graft_pipeline.settings import Settings
 from resources import images
 from resources.http import Retries
@@ -222,6 +222,12 @@ def test_static_url_stands_in_for_flickrs_hosts(scripted, reply):
         "https://127.0.0.1/1.jpg",
         "file:///etc/passwd",
         "//live.staticflickr.com/1.jpg",
+        "https://example.com\\.staticflickr.com/1.jpg",
+        "https://example.com#.staticflickr.com/1.jpg",
+        "https://example.com?.staticflickr.com/1.jpg",
+        "https://live.staticflickr.com/../stats",
+        "https://live.staticflickr.com/a\r\nHost: example.com",
+        "http://127.0.0.1:1/static/1.jpg",
         "",
     ],
 )
@@ -280,6 +286,7 @@ def test_passing_trouble_is_retried(scripted, reply, bad):
         ({"status": 302, "headers": {"Location": "http://169.254.169.254/secret"}}, "redirected", False, 1),
         ({"status": 302, "headers": {"Location": "file:///etc/passwd"}}, "redirected", False, 1),
         ({"status": 302}, "redirected", False, 4),
+        ({"status": 302, "headers": {"Location": "http://[broken/"}}, "redirected", False, 1),
     ],
 )
 def test_lasting_trouble_is_an_error_of_the_item(scripted, reply, bad, reason, is_permanent, requests):
@@ -356,6 +363,12 @@ def test_many_threads_share_a_fetcher(scripted, reply):
         thread.join()
     assert found == {number: hashlib.sha256(contents[number % 8]).hexdigest() for number in range(64)}
     assert photos.requests == 64
+
+
+@pytest.mark.parametrize("url", ["", "live.example.com", "http://[broken", "file:///etc"])
+def test_unusable_address_is_a_settings_error(url):
+    with pytest.raises(SettingsError, match="GRAFT_FLICKR_STATIC_URL"):
+        ImageFetcher(static_url=url)
 
 
 def test_settings_name_everything(scripted, reply):
