@@ -2,14 +2,14 @@
 
 How a class looks from above is in overhead.py, from the ground in ground.py.
 
-Area classes are the greatest of one smooth field per class; fields and lake shores are evaluated on nodes 40 m
-apart and interpolated bilinearly, so the nodes around a pixel bound what it can be, exactly, and only contested
-cells are looked at closely. Rivers and highways are chains of short straight pieces, baseball fields single sites.
+Area classes are the greatest of one smooth field per class. Fields and lake shores are evaluated on nodes 40 m
+apart and interpolated bilinearly: the nodes around a pixel bound what it can be, exactly, so a class that cannot
+win anywhere in a request is left out. Rivers and highways are chains of straight pieces, baseball fields sites.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,8 @@ _SHORE_MAX = 4.0
 
 _DIAMOND_CELL_M = 640.0
 _DIAMOND_SHARE = 0.42
+#: Sites are judged in square blocks of so many cells.
+_DIAMOND_BLOCK = 5
 #: A baseball field is a quarter of a disc: its radius, and the strip behind the foul lines, metres.
 DIAMOND_RADIUS_M = 118.0
 DIAMOND_MARGIN_M = 14.0
@@ -100,54 +102,64 @@ DIAMOND_MARGIN_M = 14.0
 _BUCKET_M = 1280.0
 
 
-@dataclass(frozen=True, eq=False)
 class Pieces:
-    """Straight pieces of lines, one array entry each.
+    """Straight pieces of lines.
 
     Attributes:
-        x: western or any end, metres.
-        y: its northing.
-        ux: unit vector along the piece, east.
-        uy: the same, north.
-        length: metres.
-        half_width: metres.
-        start: distance of (x, y) from the start of its line, metres.
+        table: (7, P) float64: x and y of one end, metres; ux and uy, the unit vector along the piece; length and
+            half width, metres; distance of the end from the start of its line, metres.
+        boxes: (4, P) float64: x_min, y_min, x_max, y_max of each piece with its width, metres.
     """
 
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
-    ux: NDArray[np.float64]
-    uy: NDArray[np.float64]
-    length: NDArray[np.float64]
-    half_width: NDArray[np.float64]
-    start: NDArray[np.float64]
+    def __init__(self, table: NDArray[np.float64], boxes: NDArray[np.float64] | None = None) -> None:
+        self.table = table
+        if boxes is None:
+            x, y, ux, uy, length, half_width, _ = table
+            reach = half_width * 1.5
+            end_x, end_y = x + ux * length, y + uy * length
+            boxes = np.stack(
+                [
+                    np.minimum(x, end_x) - reach,
+                    np.minimum(y, end_y) - reach,
+                    np.maximum(x, end_x) + reach,
+                    np.maximum(y, end_y) + reach,
+                ]
+            )
+        self.boxes = boxes
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.table.shape[1]
 
-    def pick(self, index: NDArray) -> "Pieces":
-        """The pieces of an index or mask."""
-        return Pieces(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+    @cached_property
+    def box(self) -> tuple[float, float, float, float]:
+        """x_min, y_min, x_max, y_max of all pieces, metres."""
+        west, south, east, north = self.boxes
+        return float(west.min()), float(south.min()), float(east.max()), float(north.max())
 
     @staticmethod
     def joined(parts: list["Pieces"]) -> "Pieces":
         """All pieces of several."""
         if not parts:
-            return Pieces(*(np.empty(0) for _ in range(7)))
+            return Pieces(np.empty((7, 0)), np.empty((4, 0)))
+        if len(parts) == 1:
+            return parts[0]
         return Pieces(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in Pieces.__dataclass_fields__)
+            np.concatenate([part.table for part in parts], axis=1),
+            np.concatenate([part.boxes for part in parts], axis=1),
         )
 
-    def boxes(self) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-        """(x_min, y_min, x_max, y_max) of each piece with its width and overlap."""
-        reach = self.half_width * 1.5
-        end_x, end_y = self.x + self.ux * self.length, self.y + self.uy * self.length
-        return (
-            np.minimum(self.x, end_x) - reach,
-            np.minimum(self.y, end_y) - reach,
-            np.maximum(self.x, end_x) + reach,
-            np.maximum(self.y, end_y) + reach,
-        )
+    def touching(self, x_min: float, y_min: float, x_max: float, y_max: float) -> "Pieces | None":
+        """The pieces that may touch a rectangle; None if there are none."""
+        if not len(self):
+            return None
+        west, south, east, north = self.box
+        if west > x_max or east < x_min or south > y_max or north < y_min:
+            return None
+        west, south, east, north = self.boxes
+        does_touch = (west <= x_max) & (east >= x_min) & (south <= y_max) & (north >= y_min)
+        if not does_touch.any():
+            return None
+        return Pieces(self.table[:, does_touch], self.boxes[:, does_touch])
 
 
 class LineNetwork:
@@ -208,7 +220,8 @@ class LineNetwork:
             low, high = self._half_widths
             half_width = np.full(count, low + (high - low) * draw[1])
             start = np.cumsum(length) - length
-            parts.append(Pieces(x[:-1], y[:-1], dx / length, dy / length, length, half_width, start))
+            table = (x[:-1], y[:-1], dx / length, dy / length, length, half_width, start)
+            parts.append(Pieces(np.stack(table)))
         return Pieces.joined(parts)
 
     def _make_bucket(self, i: int, j: int) -> Pieces:
@@ -245,15 +258,9 @@ class LineNetwork:
         return _touching(source(x_min, y_min, x_max, y_max), x_min, y_min, x_max, y_max)
 
 
-def _touching(source: Iterator[Pieces], x_min: float, y_min: float, x_max: float, y_max: float) -> Pieces:
-    parts = []
-    for pieces in source:
-        if len(pieces):
-            west, south, east, north = pieces.boxes()
-            touches = (west <= x_max) & (east >= x_min) & (south <= y_max) & (north >= y_min)
-            if touches.any():
-                parts.append(pieces.pick(touches))
-    return Pieces.joined(parts)
+def _touching(source: Iterator[Pieces], *box: float) -> Pieces:
+    parts = [pieces.touching(*box) for pieces in source]
+    return Pieces.joined([part for part in parts if part is not None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,7 +374,7 @@ class Land:
             piece_m=100.0,
         )
         self._lake = lru_cache(maxsize=4096)(self._make_lake)
-        self._diamond = lru_cache(maxsize=65536)(self._make_diamond)
+        self._diamonds = lru_cache(maxsize=16384)(self._make_diamonds)
 
     # --- fields on nodes ---
 
@@ -432,38 +439,46 @@ class Land:
 
     # --- single sites ---
 
-    def _make_diamond(self, i: int, j: int) -> Diamond | None:
-        draw = uniforms(self._diamond_salt, 4 * i + np.arange(4), j)
-        if draw[0] >= _DIAMOND_SHARE:
-            return None
-        # A rational point of the unit circle: no trigonometry, hence the same bits on any machine.
-        t = 2 * float(draw[3]) - 1
-        ax, ay = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-        if int(draw[3] * 4096) % 2:
-            ax, ay = -ax, -ay
-        diamond = Diamond(
-            (i + float(draw[1])) * _DIAMOND_CELL_M, (j + float(draw[2])) * _DIAMOND_CELL_M, ax, ay
-        )
-        x, y = diamond.middle
-        around_x = x + np.array([0.0, 60.0, -60.0, 0.0, 0.0])
-        around_y = y + np.array([0.0, 0.0, 0.0, 60.0, -60.0])
-        area, shore = self._area_at(around_x, around_y)
-        if area[0] not in (RESIDENTIAL, MEADOW) or shore.min() < 1.1:
-            return None
+    def _make_diamonds(self, i: int, j: int) -> tuple[Diamond, ...]:
+        """Baseball fields of one block of sites: where a site lies amid houses or grass, clear of all else."""
+        cells = np.arange(_DIAMOND_BLOCK)
+        columns, rows = np.meshgrid(i * _DIAMOND_BLOCK + cells, j * _DIAMOND_BLOCK + cells)
+        draw = uniforms(self._diamond_salt, 4 * columns[None] + np.arange(4)[:, None, None], rows[None])
+        diamonds = []
+        for column, row, chance, dx, dy, turn in zip(
+            columns.reshape(-1), rows.reshape(-1), *draw.reshape(4, -1), strict=True
+        ):
+            if chance < _DIAMOND_SHARE:
+                # A rational point of the unit circle: no trigonometry, hence the same bits on any machine.
+                t = float(2 * turn - 1)
+                ax, ay = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+                if int(turn * 4096) % 2:
+                    ax, ay = -ax, -ay
+                x, y = float(column + dx) * _DIAMOND_CELL_M, float(row + dy) * _DIAMOND_CELL_M
+                diamonds.append(Diamond(x, y, ax, ay))
+        if not diamonds:
+            return ()
+        middle_x, middle_y = np.array([diamond.middle for diamond in diamonds]).T
+        around_x = middle_x + np.array([[0.0], [60.0], [-60.0], [0.0], [0.0]])
+        around_y = middle_y + np.array([[0.0], [0.0], [0.0], [60.0], [-60.0]])
+        area, shore = self._area_at(around_x.reshape(-1), around_y.reshape(-1))
+        fits = np.isin(area[: len(diamonds)], (RESIDENTIAL, MEADOW))
+        fits &= shore.reshape(5, -1).min(axis=0) > 1.1
+        reach = 200.0
+        box = (middle_x.min() - reach, middle_y.min() - reach, middle_x.max() + reach, middle_y.max() + reach)
         for network in (self.rivers, self.highways):
-            pieces = network.near(x - 200, y - 200, x + 200, y + 200)
-            if len(pieces) and float(_distance(pieces, np.array([x]), np.array([y])).min()) < 80.0:
-                return None
-        return diamond
+            pieces = network.near(*(float(side) for side in box))
+            if len(pieces):
+                fits &= _distance(pieces, middle_x, middle_y).min(axis=1) > 80.0
+        return tuple(diamond for diamond, does_fit in zip(diamonds, fits, strict=True) if does_fit)
 
     def diamonds(self, x_min: float, y_min: float, x_max: float, y_max: float) -> tuple[Diamond, ...]:
         """Baseball fields that may touch a rectangle, metres."""
-        cell, reach = _DIAMOND_CELL_M, 1.2 * DIAMOND_RADIUS_M
+        block, reach = _DIAMOND_BLOCK * _DIAMOND_CELL_M, 1.2 * DIAMOND_RADIUS_M
         found = []
-        for i in range(int((x_min - reach) // cell), int((x_max + reach) // cell) + 1):
-            for j in range(int((y_min - reach) // cell), int((y_max + reach) // cell) + 1):
-                diamond = self._diamond(i, j)
-                if diamond is not None:
+        for i in range(int((x_min - reach) // block), int((x_max + reach) // block) + 1):
+            for j in range(int((y_min - reach) // block), int((y_max + reach) // block) + 1):
+                for diamond in self._diamonds(i, j):
                     west, south, east, north = diamond.box()
                     if west <= x_max and east >= x_min and south <= y_max and north >= y_min:
                         found.append(diamond)
@@ -519,24 +534,14 @@ class Land:
         # The slack covers the rounding of the interpolation.
         can_win = high >= low.max(axis=0) - np.float32(1e-5)
         candidates = np.flatnonzero(can_win.any(axis=(1, 2)))
+        classes = np.full(shape, AREA_CLASSES[candidates[0]], np.uint8)
         if len(candidates) == 1:
-            return np.full(shape, AREA_CLASSES[candidates[0]], np.uint8)
-        winner = AREA_CLASSES[can_win.argmax(axis=0)]
-        classes = winner.take(nodes.row, axis=0).take(nodes.column, axis=1)
-        is_contested = can_win.sum(axis=0) > 1
-        pixels = np.flatnonzero(is_contested.take(nodes.row, axis=0).take(nodes.column, axis=1))
-        rows, columns = np.divmod(pixels, shape[1])
-        cells = nodes.row.take(rows) * can_win.shape[2] + nodes.column.take(columns)
-        best = np.full(len(pixels), -np.inf, np.float32)
-        best_class = np.zeros(len(pixels), np.uint8)
-        for k in candidates:
-            some = np.flatnonzero(can_win[k].reshape(-1).take(cells))
-            values = nodes.interpolate_some(fields[k], rows.take(some), columns.take(some))
-            is_better = values > best.take(some)
-            some = some[is_better]
-            best[some] = values[is_better]
-            best_class[some] = AREA_CLASSES[k]
-        classes.reshape(-1)[pixels] = best_class
+            return classes
+        best = nodes.interpolate(fields[candidates[0]])
+        for k in candidates[1:]:
+            values = nodes.interpolate(fields[k])
+            np.copyto(classes, AREA_CLASSES[k], where=values > best)
+            np.maximum(best, values, out=best)
         return classes
 
     @staticmethod
@@ -549,7 +554,7 @@ class Land:
     ) -> None:
         if not len(pieces):
             return
-        west, south, east, north = pieces.boxes()
+        west, south, east, north = pieces.boxes
         c0, c1 = np.searchsorted(axes.x, west), np.searchsorted(axes.x, east)
         r0, r1 = np.searchsorted(-axes.y, -north), np.searchsorted(-axes.y, -south)
         wide, high = int((c1 - c0).max()), int((r1 - r0).max())
@@ -562,8 +567,9 @@ class Land:
             is_column, is_row = columns < c1[:, None], rows < r1[:, None]
             np.minimum(columns, len(axes.x) - 1, out=columns)
             np.minimum(rows, len(axes.y) - 1, out=rows)
-            dx, dy = axes.x[columns] - pieces.x[:, None], axes.y[rows] - pieces.y[:, None]
-            inside, _, _ = _in_pieces(pieces, dx[:, None, :], dy[:, :, None], (slice(None), None, None))
+            x, y = pieces.table[:2]
+            dx, dy = axes.x[columns] - x[:, None], axes.y[rows] - y[:, None]
+            inside, _, _ = _in_pieces(pieces.table[:, :, None, None], dx[:, None, :], dy[:, :, None])
             inside &= is_row[:, :, None] & is_column[:, None, :]
             flat = rows[:, :, None] * len(axes.x) + columns[:, None, :]
             classes.reshape(-1)[flat[inside]] = value
@@ -572,14 +578,15 @@ class Land:
             window = slice(r0[k], r1[k]), slice(c0[k], c1[k])
             if r0[k] == r1[k] or c0[k] == c1[k]:
                 continue
-            dx, dy = axes.x[window[1]] - pieces.x[k], axes.y[window[0]] - pieces.y[k]
-            inside, lateral, along = _in_pieces(pieces, dx, dy[:, None], k)
+            piece = pieces.table[:, k]
+            dx, dy = axes.x[window[1]] - piece[0], axes.y[window[0]] - piece[1]
+            inside, lateral, along = _in_pieces(piece, dx, dy[:, None])
             classes[window][inside] = value
             if lanes is not None:
                 nearest, travelled = lanes[0][window], lanes[1][window]
                 inside &= np.abs(lateral) < np.abs(nearest)
                 nearest[inside] = lateral[inside]
-                travelled[inside] = (along + pieces.start[k])[inside]
+                travelled[inside] = (along + piece[6])[inside]
 
     def _area_at(
         self, x: NDArray[np.float64], y: NDArray[np.float64]
@@ -617,11 +624,10 @@ class Land:
 
 
 def _in_pieces(
-    pieces: Pieces, dx: NDArray[np.float64], dy: NDArray[np.float64], index: object
+    table: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
     """Which offsets from the ends of pieces lie on them; with lateral and along distance, metres."""
-    ux, uy = pieces.ux[index], pieces.uy[index]
-    half_width, length = pieces.half_width[index], pieces.length[index]
+    _, _, ux, uy, length, half_width, _ = table
     lateral = dy * ux - dx * uy
     along = dx * ux + dy * uy
     # Pieces overlap a little: else wedges would be missing on the outside of bends.
@@ -637,13 +643,14 @@ def _on_lines(pieces: Pieces, x: NDArray[np.float64], y: NDArray[np.float64]) ->
     # Blocks of points keep the matrix of points and pieces small.
     for start in range(0, len(x) if len(pieces) else 0, 256):
         part = slice(start, start + 256)
-        dx, dy = x[part, None] - pieces.x, y[part, None] - pieces.y
-        found[part] = _in_pieces(pieces, dx, dy, slice(None))[0].any(axis=1)
+        dx, dy = x[part, None] - pieces.table[0], y[part, None] - pieces.table[1]
+        found[part] = _in_pieces(pieces.table, dx, dy)[0].any(axis=1)
     return found
 
 
 def _distance(pieces: Pieces, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N, P) distance of points from the edges of pieces, metres; negative inside."""
-    dx, dy = x[:, None] - pieces.x, y[:, None] - pieces.y
-    along = np.clip(dx * pieces.ux + dy * pieces.uy, 0, pieces.length)
-    return np.hypot(dx - along * pieces.ux, dy - along * pieces.uy) - pieces.half_width
+    piece_x, piece_y, ux, uy, length, half_width, _ = pieces.table
+    dx, dy = x[:, None] - piece_x, y[:, None] - piece_y
+    along = np.clip(dx * ux + dy * uy, 0, length)
+    return np.hypot(dx - along * ux, dy - along * uy) - half_width

@@ -84,13 +84,13 @@ class SplineNoise:
         self.spacing_m = spacing_m
         self._salts = np.atleast_1d(np.asarray(salts, np.uint64))
 
-    def _lattice(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _lattice(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float32]:
         salts = self._salts.reshape((-1,) + (1,) * np.broadcast(i, j).ndim)
-        return (uniforms(salts, i[None], j[None]) - 0.5) * self._SCALE
+        return ((uniforms(salts, i[None], j[None]) - 0.5) * self._SCALE).astype(np.float32)
 
     def _place(
         self, positions: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], tuple[NDArray[np.float64], ...]]:
+    ) -> tuple[NDArray[np.int64], tuple[NDArray[np.float32], ...]]:
         scaled = positions / self.spacing_m
         index = np.floor(scaled)
         return index.astype(np.int64) - 1, _spline_weights(scaled - index)
@@ -209,27 +209,6 @@ class NodeAxes:
         values *= self._ty[:, None]
         values += along_x.take(self.row, axis=0)
         return values
-
-    def interpolate_some(
-        self, nodes: NDArray[np.float32], rows: NDArray[np.int64], columns: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Bilinear interpolation at some pixels, the same bits as `interpolate`.
-
-        Args:
-            nodes: (ny, nx) float32, C-contiguous.
-            rows: (N,) row of each pixel in the grid.
-            columns: (N,) column of each pixel in the grid.
-
-        Returns:
-            (N,) float32.
-        """
-        flat, width = nodes.reshape(-1), nodes.shape[1]
-        cell = self.row.take(rows) * width + self.column.take(columns)
-        tx, ty = self._tx.take(columns), self._ty.take(rows)
-        north_west, south_west = flat.take(cell), flat.take(cell + width)
-        north = north_west + tx * (flat.take(cell + 1) - north_west)
-        south = south_west + tx * (flat.take(cell + width + 1) - south_west)
-        return ty * (south - north) + north
 
 
 def nodes_around(

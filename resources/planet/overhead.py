@@ -10,6 +10,7 @@ sensors see one ground. Parcels, lanes and baseball fields are drawn where they 
 from collections.abc import Callable
 from datetime import date
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,10 @@ _CROPS = np.array(
     np.int64,
 )
 #: Orchard blocks: soil and grass between the rows.
-_ORCHARD_TINTS = np.array([128, 118, 138, 123, 132], np.int64)
+_ORCHARD_TINTS = np.array([128, 112, 142, 120, 134], np.uint32)
+#: Mean size of parcels of farmland and of orchard blocks, metres.
+_PARCEL_M = 290.0
+_BLOCK_M = 230.0
 
 
 def pack(red: NDArray, green: NDArray, blue: NDArray, infrared: NDArray) -> NDArray[np.uint32]:
@@ -361,17 +365,30 @@ _PATTERNS: dict[str, Callable[[np.random.Generator], NDArray[np.uint32]]] = {
 }
 
 
+#: Metres after which the turns of the patterns repeat, and with them all texture.
+_PERIOD_M = 3840
+
+
 class Texture:
-    """One class's periodic pattern at 1 m and at 10 m, turned and mirrored from block to block."""
+    """One class's pattern at 1 m and at 10 m, turned and mirrored from block to block.
+
+    Attributes:
+        tens: (384, 384) uint32, one whole period at 10 m, packed bands.
+    """
 
     def __init__(self, seed: int, name: str) -> None:
-        self._salt = salt(seed, "texture", name)
-        metres = _PATTERNS[name](np.random.default_rng(self._salt))
-        size = len(metres) // 10
-        bands = unpack(metres).reshape(4, size, 10, size, 10)
+        texture_salt = salt(seed, "texture", name)
+        metres = _PATTERNS[name](np.random.default_rng(texture_salt))
+        self._size = len(metres)
+        self._turned = self._turns(metres)
+        blocks = np.arange(_PERIOD_M // self._size)
+        draw = hashes(texture_salt, blocks[None, :], blocks[:, None]) >> np.uint64(20)
+        self._turn = (draw % np.uint64(8)).astype(np.int64)
+        size = self._size // 10
         # Means of integers: exact in float64, whatever the order of summation.
-        tens = pack(*np.rint(bands.mean(axis=(2, 4), dtype=np.float64)))
-        self._turned = {1.0: self._turns(metres), 10.0: self._turns(tens)}
+        means = unpack(metres).reshape(4, size, 10, size, 10).mean(axis=(2, 4), dtype=np.float64)
+        turned = self._turns(pack(*np.rint(means)))
+        self.tens = np.block([[turned[turn] for turn in row] for row in self._turn])
 
     @staticmethod
     def _turns(pattern: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
@@ -379,28 +396,21 @@ class Texture:
         return [np.ascontiguousarray(turned) for one in plain for turned in (one, one.T)]
 
     def paint(self, axes: Axes) -> NDArray[np.uint32]:
-        """The pattern over a whole grid.
+        """The pattern over a whole grid of 1 m.
 
         Args:
-            axes: a grid whose pixels are native ones of 1 m or 10 m.
+            axes: native 1 m pixels.
 
         Returns:
             (H, W) uint32, packed bands.
         """
-        turned = self._turned[axes.gsd_m]
-        size = len(turned[0])
+        size, period = self._size, len(self._turn)
         block_columns, block_rows = axes.columns // size, axes.rows // size
         columns, rows = axes.columns - block_columns * size, axes.rows - block_rows * size
         canvas = np.empty(axes.shape, np.uint32)
-        row_cuts = [0, *(np.flatnonzero(np.diff(block_rows)) + 1), len(rows)]
-        column_cuts = [0, *(np.flatnonzero(np.diff(block_columns)) + 1), len(columns)]
-        first_columns, first_rows = block_columns[column_cuts[:-1]], block_rows[row_cuts[:-1]]
-        turn = (hashes(self._salt, first_columns[None, :], first_rows[:, None]) >> np.uint64(20)) % np.uint64(
-            8
-        )
-        for m, (top, bottom) in enumerate(zip(row_cuts[:-1], row_cuts[1:], strict=True)):
-            for n, (left, right) in enumerate(zip(column_cuts[:-1], column_cuts[1:], strict=True)):
-                pattern = turned[int(turn[m, n])]
+        for top, bottom in pairwise(_cuts(block_rows)):
+            for left, right in pairwise(_cuts(block_columns)):
+                pattern = self._turned[self._turn[block_rows[top] % period, block_columns[left] % period]]
                 if axes.is_contiguous:
                     canvas[top:bottom, left:right] = pattern[
                         rows[top] : rows[bottom - 1] + 1, columns[left] : columns[right - 1] + 1
@@ -408,6 +418,54 @@ class Texture:
                 else:
                     canvas[top:bottom, left:right] = pattern[rows[top:bottom, None], columns[left:right]]
         return canvas
+
+
+def _cuts(numbers: NDArray[np.int64]) -> list[int]:
+    """Where runs of equal numbers start, and the length at the end."""
+    return [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+
+
+class _Parcels:
+    """Rectangles that ground is divided into, like bricks in a wall: bands of rows, each with its own columns.
+
+    Attributes:
+        band: (H,) which band each row of the grid belongs to, from 0.
+        draw: (B, W) uint64, a hash per parcel, spread over its columns.
+        row_margin: (H,) distance from the borders of the band, metres.
+        column_margin: (B, W) distance from the borders of the parcel, metres.
+    """
+
+    _JITTER = 0.55
+
+    def __init__(self, parcel_salt: int, axes: Axes, spacing_m: float) -> None:
+        south = -axes.y / spacing_m
+        first, last = int(np.floor(south.min())) - 1, int(np.floor(south.max())) + 2
+        numbers = np.arange(first, last + 1)
+        lines = numbers + self._JITTER * (uniforms(parcel_salt, numbers) - 0.5)
+        index = np.searchsorted(lines, south, side="right") - 1
+        self.row_margin = np.minimum(south - lines[index], lines[index + 1] - south) * spacing_m
+        low = int(index.min())
+        self.band = index - low
+        bands = numbers[low : int(index.max()) + 1]
+        shift = uniforms(parcel_salt ^ 5, bands)[:, None]
+        east = axes.x / spacing_m + shift
+        nearest = np.floor(east).astype(np.int64)
+        first = int(nearest.min()) - 1
+        numbers = np.arange(first, int(nearest.max()) + 3)
+        lines = numbers + self._JITTER * (uniforms(parcel_salt ^ 3, numbers, bands[:, None]) - 0.5)
+        each = np.arange(len(bands))[:, None]
+        # A border is less than half a spacing from where it would be: the parcel is this one or a neighbour.
+        nearest += east >= lines[each, nearest + 1 - first]
+        nearest -= east < lines[each, nearest - first]
+        west_side, east_side = lines[each, nearest - first], lines[each, nearest + 1 - first]
+        self.column_margin = np.minimum(east - west_side, east_side - east) * spacing_m
+        self.draw = hashes(parcel_salt ^ 7, numbers, bands[:, None])[each, nearest - first]
+
+
+def _present(classes: NDArray[np.uint8]) -> list[int]:
+    """The classes that occur, the most frequent first."""
+    counts = [np.count_nonzero(classes == value) for value in range(len(CLASSES))]
+    return sorted((value for value in range(len(CLASSES)) if counts[value]), key=lambda value: -counts[value])
 
 
 class Painter:
@@ -429,120 +487,121 @@ class Painter:
 
     def _ground(self, zone: int, axes: Axes, cover: Cover) -> NDArray[np.uint32]:
         """(H, W) packed colours under even light."""
-        counts = np.bincount(cover.classes.reshape(-1), minlength=len(CLASSES))
-        order = np.argsort(-counts, kind="stable")
-        canvas: NDArray[np.uint32] | None = None
-        for value in order[: int((counts > 0).sum())]:
-            painted = self._paint_class(zone, int(value), axes, cover)
-            if canvas is None:
-                canvas = painted
-            else:
-                np.copyto(canvas, painted, where=cover.classes == value)
-        assert canvas is not None
-        if cover.road_lateral is not None:
-            self._paint_lanes(canvas, cover)
+        if axes.gsd_m == 1.0:
+            canvas = self._ground_of_metres(zone, axes, cover)
+        else:
+            canvas = self._ground_of_tens(zone, axes, cover)
         for diamond in cover.diamonds:
             self._paint_diamond(canvas, axes, cover, diamond)
         return canvas
 
-    def _paint_class(self, zone: int, value: int, axes: Axes, cover: Cover) -> NDArray[np.uint32]:
-        texture = self._texture(CLASSES[value]).paint(axes)
-        if value == FARMLAND:
-            return self._paint_parcels(zone, axes, texture)
-        if value == ORCHARD:
-            return self._paint_blocks(zone, axes, texture)
-        return texture
+    def _ground_of_metres(self, zone: int, axes: Axes, cover: Cover) -> NDArray[np.uint32]:
+        canvas: NDArray[np.uint32] | None = None
+        for value in _present(cover.classes):
+            texture = self._texture(CLASSES[value]).paint(axes)
+            if value == FARMLAND:
+                texture = self._sown(zone, axes, texture)
+            elif value == ORCHARD:
+                parcels = self._orchard_blocks(zone, axes)
+                texture = self._tinted(texture, self._orchard_tints(parcels), parcels.band)
+                track = _colour(168, 148, 112, 130)
+                texture[parcels.row_margin < 4.0] = track
+                np.copyto(texture, track, where=(parcels.column_margin < 4.0).take(parcels.band, axis=0))
+            if canvas is None:
+                canvas = texture
+            else:
+                np.copyto(canvas, texture, where=cover.classes == value)
+        assert canvas is not None
+        if cover.road_lateral is not None:
+            self._paint_lanes(canvas, cover)
+        return canvas
 
-    def _parcels(
-        self, parcel_salt: int, axes: Axes, spacing: float
-    ) -> list[tuple[slice, int, NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]:
-        """Brick-like parcels: per band of rows its number, columns' numbers, distances from the borders."""
+    def _ground_of_tens(self, zone: int, axes: Axes, cover: Cover) -> NDArray[np.uint32]:
+        atlas = self._atlas
+        side = atlas.shape[1]
+        place = (axes.rows % side * side).astype(np.int32)[:, None] + (axes.columns % side).astype(np.int32)
+        place += cover.classes * np.int32(side * side)
+        canvas = atlas.reshape(-1).take(place)
+        is_farmland = cover.classes == FARMLAND
+        if is_farmland.any():
+            parcels = _Parcels(salt(self._seed, zone, "parcels"), axes, _PARCEL_M)
+            even, odd = self._crop_colours(parcels)
+            np.copyto(canvas, (even | odd << np.uint32(8)).take(parcels.band, axis=0), where=is_farmland)
+        is_orchard = cover.classes == ORCHARD
+        if is_orchard.any():
+            parcels = self._orchard_blocks(zone, axes)
+            tinted = self._tinted(canvas, self._orchard_tints(parcels), parcels.band)
+            np.copyto(canvas, tinted, where=is_orchard)
+        return canvas
 
-        def split(
-            positions: NDArray[np.float64], line_salt: int, across: int, shift: float
-        ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-            number = np.floor(positions / spacing + shift).astype(np.int64)
-            low = int(number.min()) - 1
-            numbers = np.arange(low, int(number.max()) + 3)
-            lines = (numbers - shift + 0.55 * (uniforms(line_salt, numbers, across) - 0.5)) * spacing
-            index = np.searchsorted(lines, positions, side="right") - 1
-            inside = np.minimum(positions - lines[index], lines[index + 1] - positions)
-            return index + low, inside
-
-        row_numbers, row_inside = split(-axes.y, parcel_salt, 0, 0.0)
-        cuts = [0, *(np.flatnonzero(np.diff(row_numbers)) + 1), len(row_numbers)]
-        bands = []
-        for top, bottom in zip(cuts[:-1], cuts[1:], strict=True):
-            number = int(row_numbers[top])
-            shift = float(uniforms(parcel_salt ^ 5, number, 0)[0])
-            column_numbers, column_inside = split(axes.x, parcel_salt ^ 3, number, shift)
-            bands.append((slice(top, bottom), number, column_numbers, row_inside[top:bottom], column_inside))
-        return bands
-
-    def _paint_parcels(self, zone: int, axes: Axes, texture: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        parcel_salt = salt(self._seed, zone, "parcels")
-        # Rows of plants are 16 m apart, drills 5 m; they vanish where a pixel cannot show them.
-        coarse, fine = (16, 5) if axes.gsd_m < 3 else (0, 0)
-        gain = (texture & np.uint32(0xFF)).astype(np.int16)
-        bands = np.empty((4, *axes.shape), np.uint8)
-        for part, number, column_numbers, row_inside, column_inside in self._parcels(
-            parcel_salt, axes, 290.0
-        ):
-            first = int(column_numbers.min())
-            numbers = np.arange(first, int(column_numbers.max()) + 1)
-            draw = hashes(parcel_salt ^ 7, numbers, number)
-            crop = _CROPS[(draw % np.uint64(len(_CROPS))).astype(np.int64)]
-            light = 118 + (draw >> np.uint64(20)).astype(np.int64) % 22
-            colours = (crop * light[:, None] // 128).astype(np.uint16)
-            index = column_numbers - first
-            local = gain[part]
-            if coarse:
-                is_upright = ((draw >> np.uint64(40)) % np.uint64(2)).astype(np.int16)[index]
-                depth = 5 + ((draw >> np.uint64(44)) % np.uint64(12)).astype(np.int16)[index]
-                stripes_x = self._stripes(axes.columns, coarse, fine)
-                stripes_y = self._stripes(axes.rows[part], coarse, fine)
-                pattern = (stripes_x * is_upright * depth)[None, :] + stripes_y[:, None] * (
-                    (1 - is_upright) * depth
-                )
-                local = local + (pattern >> 1)
-            for band in range(4):
-                # At most 228 * 255: fits 16 bits without a sign.
-                value = colours[:, band][index] * local.view(np.uint16) >> 7
-                np.copyto(bands[band, part], np.clip(value, 1, 255), casting="unsafe")
-            if axes.gsd_m < 3:
-                track = np.array([150, 132, 96, 120], np.uint8)[:, None, None]
-                bands[:, part][:, row_inside < 2.5, :] = track
-                bands[:, part][:, :, column_inside < 2.5] = track
-        return (
-            bands[0].astype(np.uint32)
-            | bands[1].astype(np.uint32) << np.uint32(8)
-            | bands[2].astype(np.uint32) << np.uint32(16)
-            | bands[3].astype(np.uint32) << np.uint32(24)
-        )
+    @cached_property
+    def _atlas(self) -> NDArray[np.uint32]:
+        """(12, 384, 384): all classes' textures at 10 m."""
+        return np.stack([self._texture(name).tens for name in CLASSES])
 
     @staticmethod
-    def _stripes(index: NDArray[np.int64], coarse: int, fine: int) -> NDArray[np.int16]:
-        wide = np.where(index % coarse < coarse // 2, 2, -2)
-        return (wide + np.where(index % fine < 2, -1, 1)).astype(np.int16)
+    def _crop_colours(parcels: _Parcels) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """(B, W) colours of the crops, two bands of 8 bits each in 16-bit lanes: R and B, G and infrared."""
+        crop = _CROPS[(parcels.draw % np.uint64(len(_CROPS))).astype(np.int64)]
+        light = 118 + (parcels.draw >> np.uint64(20)).astype(np.int64) % 22
+        colours = (crop * light[..., None] >> 7).astype(np.uint32)
+        return colours[..., 0] | colours[..., 2] << np.uint32(16), colours[..., 1] | colours[
+            ..., 3
+        ] << np.uint32(16)
 
-    def _paint_blocks(self, zone: int, axes: Axes, texture: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        block_salt = salt(self._seed, zone, "orchard blocks")
-        # Two of four bands at once in 16-bit halves: a tint of at most 138/128 cannot overflow 8 bits into the next.
+    def _sown(self, zone: int, axes: Axes, texture: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Fields in rows of plants, with tracks between them, from the texture of bare growth around 128."""
+        parcels = _Parcels(salt(self._seed, zone, "parcels"), axes, _PARCEL_M)
+        even, odd = self._crop_colours(parcels)
+        is_upright = ((parcels.draw >> np.uint64(40)) % np.uint64(2)).astype(np.int16)
+        depth = 3 + ((parcels.draw >> np.uint64(44)) % np.uint64(6)).astype(np.int16)
+        along_x = self._stripes(axes.columns) * (is_upright * depth)
+        across = (1 - is_upright) * depth
+        gain = (texture & np.uint32(0xFF)).astype(np.int16)
+        gain += along_x.take(parcels.band, axis=0)
+        gain += across.take(parcels.band, axis=0) * self._stripes(axes.rows)[:, None]
+        # The brightest crop is 223 of 255: a gain of 145/128 keeps each lane below 256.
+        factor = np.clip(gain, 90, 145).astype(np.uint32)
+        low, lanes = even.take(parcels.band, axis=0), odd.take(parcels.band, axis=0)
+        low *= factor
+        lanes *= factor
+        low >>= np.uint32(7)
+        lanes <<= np.uint32(1)
+        low &= np.uint32(0x00FF00FF)
+        lanes &= np.uint32(0xFF00FF00)
+        low |= lanes
+        track = _colour(150, 132, 96, 120)
+        low[parcels.row_margin < 2.5] = track
+        np.copyto(low, track, where=(parcels.column_margin < 2.5).take(parcels.band, axis=0))
+        return low
+
+    @staticmethod
+    def _stripes(index: NDArray[np.int64]) -> NDArray[np.int16]:
+        """Rows of plants 16 m apart and drills 5 m apart, -3 to 3."""
+        wide = np.where(index % 16 < 8, 2, -2)
+        return (wide + np.where(index % 5 < 2, -1, 1)).astype(np.int16)
+
+    def _orchard_blocks(self, zone: int, axes: Axes) -> _Parcels:
+        return _Parcels(salt(self._seed, zone, "orchard blocks"), axes, _BLOCK_M)
+
+    @staticmethod
+    def _orchard_tints(parcels: _Parcels) -> NDArray[np.uint32]:
+        return _ORCHARD_TINTS[(parcels.draw % np.uint64(len(_ORCHARD_TINTS))).astype(np.int64)]
+
+    @staticmethod
+    def _tinted(
+        texture: NDArray[np.uint32], tints: NDArray[np.uint32], band: NDArray[np.int64]
+    ) -> NDArray[np.uint32]:
+        """The texture times a tint of 128, two of four bands at once; orchards are too dark to overflow."""
+        factor = tints.take(band, axis=0)
         even, odd = texture & np.uint32(0x00FF00FF), (texture >> np.uint32(8)) & np.uint32(0x00FF00FF)
-        for part, number, column_numbers, row_inside, column_inside in self._parcels(block_salt, axes, 230.0):
-            draw = hashes(block_salt ^ 7, column_numbers, number)
-            tint = _ORCHARD_TINTS[(draw % np.uint64(len(_ORCHARD_TINTS))).astype(np.int64)].astype(np.uint32)
-            for half in (even, odd):
-                half[part] *= tint
-            if axes.gsd_m < 3:
-                even[part][row_inside < 4, :] = odd[part][row_inside < 4, :] = 0
-                even[part][:, column_inside < 4] = odd[part][:, column_inside < 4] = 0
-        canvas = ((even >> np.uint32(7)) & np.uint32(0x00FF00FF)) | (
-            ((odd >> np.uint32(7)) & np.uint32(0x00FF00FF)) << np.uint32(8)
-        )
-        if axes.gsd_m < 3:
-            canvas[canvas == 0] = _colour(168, 148, 112, 130)
-        return canvas
+        even *= factor
+        odd *= factor
+        even >>= np.uint32(7)
+        odd <<= np.uint32(1)
+        even &= np.uint32(0x00FF00FF)
+        odd &= np.uint32(0xFF00FF00)
+        return even | odd
 
     def _paint_lanes(self, canvas: NDArray[np.uint32], cover: Cover) -> None:
         assert cover.road_lateral is not None
@@ -623,7 +682,10 @@ class Painter:
         nodes = NodeAxes(axes.x, axes.y, 40.0)
         near, wide = self._tones(zone)
         values = near.on_axes(nodes.x, nodes.y) + np.float32(0.8) * wide.on_axes(nodes.x, nodes.y)
-        amount = self._tone_of_class.take(cover.classes)
+        first, *others = _present(cover.classes)
+        amount = np.full(axes.shape, self._tone_of_class[first], np.int16)
+        for value in others:
+            np.copyto(amount, self._tone_of_class[value], where=cover.classes == value)
         tone = (nodes.interpolate(values[0]) * np.float32(64)).astype(np.int16)
         hue = (nodes.interpolate(values[1]) * np.float32(32)).astype(np.int16)
         tone *= amount
@@ -687,8 +749,13 @@ class Painter:
         t = ((day.timetuple().tm_yday + 15) % 365) / 365
         summer = (4 * t * (1 - t)) ** 2
         haze = uniforms(salt(self._seed, "s2 scene", scene_key), np.arange(5))
-        grain = self._grain.take(axes.rows % 512, axes.columns % 512, scene_key)
-        values = np.arange(256)
+        tone += np.int16(128)
+        tone += self._grain.take(axes.rows, axes.columns, scene_key)
+        factors = {
+            0: tone.astype(np.uint32),
+            1: (tone + hue).astype(np.uint32),
+            -1: (tone - hue).astype(np.uint32),
+        }
         out = np.empty((4, *axes.shape), np.uint16)
         # (band of the paint, reflectance per step, offset, sign of hue, what winter adds)
         for k, (band, slope, offset, hue_sign, winter) in enumerate(
@@ -700,15 +767,12 @@ class Painter:
             )
         ):
             gain = 1 + winter * (1 - summer) + 0.05 * (haze[k] - 0.5)
-            table = np.rint((offset + 70 * haze[4] + slope * values * gain) * 4).astype(np.int32)
-            reflectance = table.take(bands[band])
-            factor = tone + np.int16(128)
-            if hue_sign:
-                factor += hue if hue_sign > 0 else -hue
-            factor += grain
-            reflectance *= factor
-            reflectance >>= 9
-            np.clip(reflectance, 1, 10000, out=reflectance)
+            # Fixed point: 4 bits below the reflectance, 7 of the factor; 25 bits in all.
+            reflectance = bands[band].astype(np.uint32)
+            reflectance *= np.uint32(round(slope * gain * 16))
+            reflectance += np.uint32(round((offset + 70 * haze[4]) * 16))
+            reflectance *= factors[hue_sign]
+            reflectance >>= np.uint32(11)
             out[k] = reflectance
         if cloud_pct > 0:
             self._clouds.cover(out, axes, scene_key, cloud_pct)
@@ -732,7 +796,7 @@ class _Grain:
 
     def __init__(self, grain_salt: int) -> None:
         draw = hashes(grain_salt, np.arange(512)[:, None], np.arange(512)[None, :])
-        self._values = (draw % np.uint64(7)).astype(np.int16) - 3
+        self._values = (draw % np.uint64(5)).astype(np.int16) - 2
 
     def take(self, rows: NDArray[np.int64], columns: NDArray[np.int64], scene_key: int) -> NDArray[np.int16]:
         shift = hashes(scene_key & 0xFFFFFFFF, [1, 2])

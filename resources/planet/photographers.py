@@ -54,9 +54,10 @@ _FIRST_S = calendar.timegm((2016, 1, 1, 0, 0, 0))
 _LAST_S = calendar.timegm((2023, 12, 31, 0, 0, 0))
 _DAY_S = 86_400
 
-#: Long side in pixels of the sizes that Flickr offers, by the letter of their `url_*` extra; `b` is `l` by the
-#: letter of its file name.
-SIZES_PX = {"t": 100, "s": 240, "n": 320, "m": 500, "z": 640, "c": 800, "l": 1024, "b": 1024}
+#: Long side in pixels of the sizes that Flickr offers, by the letter of their `url_*` extra.
+SIZES_PX = {"t": 100, "s": 240, "n": 320, "w": 400, "m": 500, "z": 640, "c": 800, "l": 1024, "h": 1600}
+#: The planet's present, Unix seconds: no photo is uploaded later.
+NOW_S = _LAST_S
 
 #: One row per photo. `kind` is what it shows; `image_id` the photo whose drawing it shows (its own id but for
 #: re-uploads); `frame` counts through a burst; true_* is where it was taken, lon/lat what its geotag says.
@@ -414,7 +415,7 @@ class Photographers:
         lag = rng.exponential(4 * _DAY_S, count) + 600
         is_late = rng.random(count) < 0.15
         lag[is_late] = rng.uniform(30 * _DAY_S, 500 * _DAY_S, int(is_late.sum()))
-        taken_utc = taken - int(round(west / 15)) * 3600
+        taken_utc = taken - round(west / 15) * 3600
         uploaded = taken_utc + lag.astype(np.int64)
         too_late = uploaded >= _LAST_S
         uploaded[too_late] = _LAST_S - rng.integers(1, 5 * _DAY_S, int(too_late.sum()))

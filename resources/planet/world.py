@@ -16,7 +16,7 @@ from resources.planet.ground import not_a_jpeg, photo_jpeg
 from resources.planet.landcover import CLASSES, PALETTE, Land
 from resources.planet.noise import salt
 from resources.planet.overhead import Painter
-from resources.planet.photographers import SIZES_PX, Photographers
+from resources.planet.photographers import NOW_S, SIZES_PX, Photographers
 
 NAIP_GSD_M = 1.0
 SENTINEL2_GSD_M = 10.0
@@ -38,12 +38,14 @@ class World:
         seed: the seed.
         classes: names of the land-cover classes, in order of their ids.
         palette: (12, 3) uint8 RGB of the classes on maps.
+        now: the planet's present, Unix seconds; no photo is uploaded later.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = int(seed)
         self.classes = CLASSES
         self.palette = PALETTE
+        self.now = NOW_S
         self._painter = Painter(self.seed)
         self._land = lru_cache(maxsize=120)(lambda zone: Land(self.seed, zone))
         self._photographers = Photographers(self.seed, self._land)
