@@ -373,11 +373,12 @@ class FlickrClient:
         from pyrate_limiter import Duration, Limiter, Rate, SQLiteBucket, StateBucket
 
         # Evenly spread: a burst at the start of an hour would lock every other user of the key out.
-        per_second = self._calls_per_hour / 3600
-        if per_second >= 1:
-            rate = Rate(int(per_second), Duration.SECOND)
-        else:
-            rate = Rate(1, math.ceil(1000 / per_second))
+        per_hour = self._calls_per_hour
+        rate = (
+            Rate(per_hour // 3600, Duration.SECOND)
+            if per_hour >= 3600
+            else Rate(1, math.ceil(3.6e6 / per_hour))
+        )
         try:
             if self._pacing_file is None:
                 limiter = Limiter(StateBucket([rate]), buffer_ms=1)

@@ -20,7 +20,7 @@ END = START + timedelta(days=64)
 
 def client(url, **options):
     options = {"retries": Retries(attempts=3, wait=tenacity.wait_none()), "calls_per_hour": 10**8, **options}
-    return FlickrClient(KEY, SECRET, url=url + "/services/rest/", timeout_s=0.5, **options)
+    return FlickrClient(KEY, SECRET, **{"url": url + "/services/rest/", "timeout_s": 20.0, **options})
 
 
 def search(flickr, start=START, end=END):
@@ -148,7 +148,6 @@ def test_types_of_the_answer_are_coerced(scripted, reply, caplog):
         {"body": failure(10)},
         {"body": failure("105")},
         {"body": page([{"id": "1"}]), "announced": 9999},
-        {"hangs": True},
         {"status": 302, "headers": {"Location": "https://portal.example/login?key=1"}},
     ],
 )
@@ -158,6 +157,13 @@ def test_passing_trouble_is_retried_with_a_new_signature(scripted, reply, bad):
     assert [row["id"] for row in search(client(server.url))] == ["1"]
     signatures = {request.headers["authorization"] for request in server.requests}
     assert len(signatures) == len(server.requests) == 2
+
+
+def test_silent_server_is_asked_again(scripted, reply):
+    answers = iter([reply(hangs=True)])
+    server = scripted(lambda request: next(answers, reply(page([{"id": "1"}]))))
+    flickr = client(server.url, timeout_s=0.3, retries=Retries(attempts=20, wait=tenacity.wait_none()))
+    assert [row["id"] for row in search(flickr)] == ["1"]
 
 
 def test_lasting_trouble_ends_in_a_service_error(scripted, reply):

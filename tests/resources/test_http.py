@@ -22,6 +22,13 @@ from resources.http import (
 
 @pytest.fixture
 def pool():
+    pool = HttpPool(connections=4, timeout_s=20)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def hasty_pool():
     pool = HttpPool(connections=4, timeout_s=0.3, deadline_s=0.6)
     yield pool
     pool.close()
@@ -82,16 +89,16 @@ def test_decompression_bomb_is_not_inflated(pool, scripted, reply):
         pool.request("GET", server.url, max_bytes=1_000_000)
 
 
-def test_silent_server_times_out(pool, scripted, reply):
+def test_silent_server_times_out(hasty_pool, scripted, reply):
     server = scripted(lambda request: reply(hangs=True))
     with pytest.raises(TimeoutError):
-        pool.request("GET", server.url)
+        hasty_pool.request("GET", server.url)
 
 
-def test_dripping_server_meets_the_deadline(pool, scripted, reply):
+def test_dripping_server_meets_the_deadline(hasty_pool, scripted, reply):
     server = scripted(lambda request: reply(b"x" * 1000, drip_s=0.01))
     with pytest.raises(TimeoutError, match="complete answer"):
-        pool.request("GET", server.url)
+        hasty_pool.request("GET", server.url)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_refused_connection_is_unreachable_and_names_no_memory_address(pool, fre
 def test_private_peer_is_refused_before_anything_is_sent(scripted, reply):
     server = scripted(lambda request: reply(b"inside"))
     with pytest.raises(UnreachableError, match="not a public address"):
-        HttpPool(connections=1, timeout_s=1, public_only=True).request("GET", server.url)
+        HttpPool(connections=1, timeout_s=20, public_only=True).request("GET", server.url)
     assert not server.requests
 
 
