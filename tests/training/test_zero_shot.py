@@ -68,8 +68,8 @@ def test_prompt_files_of_ones_own(tmp_path):
         '{"classes": {}}',
         '{"classes": {}, "templates": ["{}"]}',
         '{"classes": {"a": []}, "templates": ["{}"]}',
-    ]
-    + ['{"classes": {"a": ["b"]}, "templates": ["no place"]}'],
+        '{"classes": {"a": ["b"]}, "templates": ["no place"]}',
+    ],
 )
 def test_malformed_prompt_files_are_refused(tmp_path, content):
     path = tmp_path / "mine.json"
