@@ -3,3 +3,11 @@
 No rule of the data and no client lives here; `from __future__ import annotations` must not appear in this package,
 because Dagster reads the annotations of asset functions.
 """
+
+import warnings
+
+import dagster as dg
+
+# Two features that we use knowingly and that constraints.txt pins: backfill policies, and checks per partition.
+warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
+warnings.filterwarnings("ignore", message="Specifying a partitions_def on an AssetCheckSpec", category=dg.PreviewWarning)

@@ -4,6 +4,7 @@ What an asset does is in assets/; which assets exist is put together in definiti
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -23,7 +24,7 @@ def region_keys(sensors: Iterable[str]) -> list[dg.AssetKey]:
     return [*(dg.AssetKey(name) for name in GROUND), *keys_of(sensors, PER_REGION)]
 
 
-def build_jobs(sensors: Iterable[str], *, is_planet: bool) -> list[dg.UnresolvedAssetJobDefinition]:
+def build_jobs(sensors: Iterable[str], *, is_planet: bool) -> list[Any]:
     """The deployment's jobs.
 
     Args:

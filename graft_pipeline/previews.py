@@ -55,7 +55,7 @@ def contact_sheet(
     width = columns if len(images) >= columns else max(1, len(images))
     sheet = Image.new("RGB", (width * (cell_px + 4) + 4, rows * (cell_px + label_px + 4) + 4), "white")
     draw = ImageDraw.Draw(sheet)
-    if not images:
+    if not len(images):
         draw.text((6, 6), "nothing to show", fill="black")
     for number, array in enumerate(images):
         left = 4 + number % columns * (cell_px + 4)

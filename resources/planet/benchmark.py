@@ -20,6 +20,7 @@ from graft_pipeline.geometry import Grid, Projection, utm_epsg
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import write_bytes_atomic
 from resources.earth_engine import EarthEngine
+from resources.planet.landcover import PALETTE
 from resources.planet.truth_client import PlanetTruth
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def build_benchmark(
     empty = np.zeros((0, sensor.crop_px, sensor.crop_px, 3), np.uint8)
     return Benchmark(
         all_classes=tuple(truth.classes),
-        palette=truth.palette,
+        palette=PALETTE,
         classes=tuple(labelled),
         chips=np.stack([a for a in pixels[:split] if a is not None] or list(empty))
         if kept[:split].any()
