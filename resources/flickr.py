@@ -38,7 +38,7 @@ SPLIT_ABOVE = 3500
 #: Radius of a search must stay below, kilometres.
 MAX_RADIUS_KM = 32.0
 #: What graft_pipeline.photos reads of a record.
-EXTRAS = "license,date_upload,date_taken,geo,tags,media,o_dims,url_s,url_n,url_m,url_z,url_c,url_l"
+EXTRAS = "license,date_upload,date_taken,geo,tags,media,o_dims,url_s,url_n,url_w,url_m,url_z,url_c,url_l"
 
 #: https://www.flickr.com/services/api/flickr.photos.search.html, "Error Codes"; 0 and 10 are outages as well.
 _TRANSIENT_CODES = frozenset({0, 10, 105, 106})

@@ -37,6 +37,8 @@ MAX_RETRY_AFTER_S = 120.0
 #: 1 s, 2 s, 4 s ... with up to 1 s of jitter: five attempts outlast a quota's or a load balancer's hiccup.
 DEFAULT_WAIT: tenacity.wait.wait_base = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
 DEFAULT_ATTEMPTS = 5
+#: Longest wait after an answer that came at once, but was not what was asked for.
+QUICK_WAIT_S = 0.25
 
 _CHUNK_BYTES = 1 << 18
 
@@ -62,12 +64,20 @@ class TransientError(Exception):
         reason: snake_case word, as in `ItemError.reason`.
         retry_after_s: least wait that the server asked for, seconds.
         is_unreachable: whether there was no connection at all.
+        is_quick: whether the server answered in good order, so that nothing is gained by waiting long.
     """
 
     def __init__(
-        self, reason: str, message: str, *, retry_after_s: float | None = None, is_unreachable: bool = False
+        self,
+        reason: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        is_unreachable: bool = False,
+        is_quick: bool = False,
     ) -> None:
         super().__init__(message)
+        self.is_quick = is_quick
         self.reason = reason
         self.retry_after_s = retry_after_s
         self.is_unreachable = is_unreachable
@@ -347,8 +357,12 @@ class Retries:
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        asked = error.retry_after_s if isinstance(error, TransientError) else None
-        return max(self._wait(state), asked or 0.0)
+        wait_s = self._wait(state)
+        if not isinstance(error, TransientError):
+            return wait_s
+        if error.is_quick:
+            return min(wait_s, QUICK_WAIT_S)
+        return max(wait_s, error.retry_after_s or 0.0)
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:

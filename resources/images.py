@@ -42,6 +42,8 @@ MIN_SIDE_PX = 32
 SHORT_SIDE_PX = 256
 JPEG_QUALITY = 90
 MAX_REDIRECTS = 3
+#: An unusable body that comes so often, byte for byte, is not asked for again in the same materialisation.
+SAME_BODY_LIMIT = 3
 
 #: What Flickr redirects to, or serves, in place of a photo that was removed.
 _PLACEHOLDER = "photo_unavailable"
@@ -140,17 +142,17 @@ class ImageFetcher:
         )
 
     def _attempt(self, url: str, bodies: list[bytes]) -> FetchedImage:
-        """One attempt; `bodies` are the unusable ones that this photo's earlier attempts brought."""
+        """One attempt; `bodies` are the unusable ones that this photo's attempts brought."""
         body = self._get(url).body
         try:
             return encode(body)
         except ItemError as error:
             # The next answer may be whole: HTTP cannot tell when no length was announced. The same bytes
-            # again are what the server has.
-            if error.is_permanent or body in bodies:
-                raise
+            # again and again are what the server has.
             bodies.append(body)
-            raise TransientError(error.reason, str(error)) from None
+            if error.is_permanent or bodies.count(body) >= SAME_BODY_LIMIT:
+                raise
+            raise TransientError(error.reason, str(error), is_quick=True) from None
 
     def _get(self, url: str) -> Answer:
         """The first answer that is no redirect."""

@@ -160,7 +160,14 @@ def test_retries_are_bounded_and_only_for_transient_errors():
 
 
 def test_retry_after_prolongs_the_wait(caplog):
-    outcomes = iter([TransientError("busy", "wait", retry_after_s=0.2), TransientError("busy", "wait"), None])
+    outcomes = iter(
+        [
+            TransientError("busy", "wait", retry_after_s=0.2),
+            TransientError("busy", "wait"),
+            TransientError("odd", "wait", is_quick=True, retry_after_s=0.2),
+            None,
+        ]
+    )
 
     def attempt():
         if error := next(outcomes):
@@ -168,8 +175,8 @@ def test_retry_after_prolongs_the_wait(caplog):
         return "done"
 
     with caplog.at_level(logging.INFO, logger="resources.http"):
-        assert Retries(attempts=3, wait=tenacity.wait_none()).call(attempt) == "done"
-    assert [message.rpartition("next in ")[2] for message in caplog.messages] == ["0.2 s", "0.0 s"]
+        assert Retries(attempts=4, wait=tenacity.wait_none()).call(attempt) == "done"
+    assert [message.rpartition("next in ")[2] for message in caplog.messages] == ["0.2 s", "0.0 s", "0.0 s"]
 
 
 def test_breaker_counts_failures_in_a_row():

@@ -279,8 +279,8 @@ def test_silent_server_is_asked_again(scripted, reply):
         ({"status": 500}, "unavailable", False, 3),
         ({"hangs": True}, "timeout", False, 3),
         ({"body": GOOD[:500], "announced": len(GOOD)}, "truncated", False, 3),
-        ({"body": GOOD[:500]}, "truncated", False, 2),
-        ({"body": b"<html></html>"}, "not_an_image", False, 2),
+        ({"body": GOOD[:500]}, "truncated", False, 3),
+        ({"body": b"<html></html>"}, "not_an_image", False, 3),
         ({"body": b"text"}, "not_an_image", True, 1),
         ({"status": 302, "headers": {"Location": "/images/photo_unavailable.png"}}, "gone", True, 1),
         (
@@ -301,6 +301,13 @@ def test_lasting_trouble_is_an_error_of_the_item(scripted, reply, bad, reason, i
         fetcher(server.url, timeout_s=0.15 if "hangs" in bad else 20.0).fetch(URL)
     assert (caught.value.reason, caught.value.is_permanent) == (reason, is_permanent)
     assert len(server.requests) == requests
+
+
+def test_same_broken_file_is_not_asked_for_for_ever(scripted, reply):
+    server = scripted(lambda request: reply(GOOD[:500]))
+    with pytest.raises(ItemError):
+        fetcher(server.url, attempts=20).fetch(URL)
+    assert len(server.requests) == 3
 
 
 def test_redirects_within_flickrs_hosts_are_followed(scripted, reply):
@@ -386,3 +393,68 @@ def test_settings_name_everything(scripted, reply):
     assert server.requests[0].path == "/here/65535/123_abc_n.jpg"
     photos.close()
     assert "here" in repr(photos)
+
+
+# --- the planet ---
+
+
+@pytest.fixture(scope="module")
+def photographed():
+    """The planet's photos around a place."""
+    from resources.planet.world import World
+
+    return World(0).photos_near(-71.4, 42.3, 10.0)
+
+
+def url_of(photo, suffix="_n"):
+    return (
+        f"https://live.staticflickr.com/{photo['server']}/{photo['photo_id']}_{photo['secret']}{suffix}.jpg"
+    )
+
+
+def test_planet_serves_photos(planet, photographed):
+    photos = fetcher(planet.url + "/static")
+    sound = photographed[photographed["has_urls"] & (photographed["flaw"] == "")][:20]
+    fetched = [photos.fetch(url_of(photo)) for photo in sound]
+    assert {min(image.width_px, image.height_px) for image in fetched} == {240}
+    for image, photo in zip(fetched, sound, strict=True):
+        assert decoded(image).size == ((240, 320) if photo["is_portrait"] else (320, 240))
+    assert len({image.phash for image in fetched}) > 10
+    larger = photos.fetch(url_of(sound[0], "_z"))
+    assert min(larger.width_px, larger.height_px) == 256
+
+
+@pytest.mark.parametrize(
+    ("flaw", "reason", "is_permanent"),
+    [
+        ("html", "not_an_image", False),
+        ("truncated", "truncated", False),
+        ("huge", "too_large", True),
+        ("animated", "animated", True),
+    ],
+)
+def test_planet_serves_broken_photos(planet, photographed, flaw, reason, is_permanent):
+    photo = photographed[photographed["has_urls"] & (photographed["flaw"] == flaw)][0]
+    with pytest.raises(ItemError) as caught:
+        fetcher(planet.url + "/static").fetch(url_of(photo))
+    assert (caught.value.reason, caught.value.is_permanent) == (reason, is_permanent)
+
+
+def test_planet_serves_cmyk_photos(planet, photographed):
+    photo = photographed[photographed["has_urls"] & (photographed["flaw"] == "cmyk")][0]
+    decoded(fetcher(planet.url + "/static").fetch(url_of(photo)))
+
+
+def test_planet_has_no_other_photos(planet, photographed):
+    with pytest.raises(ItemError) as caught:
+        fetcher(planet.url + "/static").fetch("https://live.staticflickr.com/1/10000000000_0000000000_n.jpg")
+    assert (caught.value.reason, caught.value.is_permanent) == ("gone", True)
+
+
+def test_planet_full_of_faults_yields_the_same_images(planet, make_planet, photographed):
+    sound = photographed[photographed["has_urls"] & (photographed["flaw"] == "")][:15]
+    calm, rough_planet = fetcher(planet.url + "/static"), make_planet(seed=0, fault_rate=0.4)
+    rough = fetcher(rough_planet.url + "/static", attempts=15)
+    for photo in sound:
+        assert rough.fetch(url_of(photo)) == calm.fetch(url_of(photo))
+    assert rough.requests == rough_planet.stats()["image"] > len(sound)
