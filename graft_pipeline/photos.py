@@ -105,7 +105,7 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
             continue
         uploaded = _number(record.get("dateupload"))
         uploaded_at = _from_unix(uploaded)
-        owner = str(record.get("owner") or "")
+        owner = _text(record.get("owner")) or ""
         taken_local, is_exact = _time_taken(record)
         url, width, height = _image(record)
         reason = None
@@ -121,14 +121,13 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
             reason = "accuracy_below_16"
         elif url is None:
             reason = "no_usable_url"
-        license_id = record.get("license")
         rows.append(
             {
                 "photo_id": photo_id,
                 "owner_id": owner,
                 "title": _text(record.get("title")),
                 "tags": _text(record.get("tags")),
-                "license_id": None if license_id is None else str(license_id),
+                "license_id": _text(record.get("license")),
                 "lon_deg": lon,
                 "lat_deg": lat,
                 "accuracy": max(0, min(accuracy, 127)),
@@ -200,10 +199,10 @@ def _image(record: Mapping[str, Any]) -> tuple[str | None, int | None, int | Non
     offered: list[tuple[float, int, str, int | None, int | None]] = []
     for rank, (suffix, nominal_px) in enumerate(_SIZES.items()):
         url = record.get(f"url_{suffix}")
-        if not isinstance(url, str) or not url.startswith("https://"):
+        if not isinstance(url, str) or not (url.startswith("https://") and url.isascii()):
             continue
         width, height = _number(record.get(f"width_{suffix}")), _number(record.get(f"height_{suffix}"))
-        if width is None or height is None or min(width, height) < 1:
+        if width is None or height is None or not 1 <= min(width, height) <= max(width, height) < 1_000_000:
             # Three to four is the commonest shape.
             offered.append((0.75 * nominal_px, rank, url, None, None))
         else:
@@ -250,25 +249,14 @@ def merge_photos(existing: pa.Table | None, found: pa.Table) -> pa.Table:
     new = found.filter(pc.invert(pc.is_in(found["photo_id"], known["photo_id"].combine_chunks())))
     # Of several records of one id (overlapping discs, unstable paging) any rule will do that ignores their
     # order.
-    new = new.sort_by([(name, "ascending") for name in (*FLICKR_PHOTOS.order, *_TIE_BREAKERS)])
+    new = new.sort_by(
+        [(name, "ascending") for name in dict.fromkeys((*FLICKR_PHOTOS.order, *FLICKR_PHOTOS.schema.names))]
+    )
     new = _first_of_each(new, "photo_id")
     merged = pa.concat_tables([known.cast(FLICKR_PHOTOS.schema), new.cast(FLICKR_PHOTOS.schema)])
     is_new = np.arange(merged.num_rows) >= known.num_rows
     merged = _mark_bursts(merged, is_new)
     return merged.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order]).combine_chunks()
-
-
-_TIE_BREAKERS = (
-    "status",
-    "reason",
-    "lon_deg",
-    "lat_deg",
-    "image_url",
-    "taken_at_local",
-    "title",
-    "tags",
-    "license_id",
-)
 
 
 def _first_of_each(table: pa.Table, column: str) -> pa.Table:
@@ -281,6 +269,8 @@ def _mark_bursts(table: pa.Table, is_new: npt.NDArray[np.bool_]) -> pa.Table:
     """Reject new ok rows that belong to a burst; rows known before stay, and are what bursts are near to."""
     status, is_exact, taken = columns(table, "status", "is_taken_exact", "taken_at_local")
     rows = np.flatnonzero((status == "ok") & is_exact.astype(bool) & ~np.isnat(taken))
+    if not rows.size:
+        return table
     owner = table["owner_id"].combine_chunks().dictionary_encode().indices.to_numpy()[rows]
     minute = taken[rows].astype("datetime64[m]").astype(np.int64)
     _, group = np.unique(np.column_stack([owner, minute]), axis=0, return_inverse=True)

@@ -1,0 +1,324 @@
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import rasterio
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+from rasterio.io import MemoryFile
+from upath import UPath
+
+from graft_pipeline import chips, sampling
+from graft_pipeline.errors import DataError, ItemError, ServiceError
+from graft_pipeline.geometry import Grid
+from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
+from graft_pipeline.manifests import conform, read_table
+from graft_pipeline.regions import Region
+from graft_pipeline.schemas import CHIPS, SCENES
+from graft_pipeline.shards import read_member
+
+REGION = Region.parse("N42.25W071.75", 0.25)
+#: Small chips: what is tested does not depend on their size.
+SMALL = Sensor(name="small", collection="X", bands=("R", "G", "B"), gsd_m=10.0, chip_px=32, crop_px=16)
+TIME = datetime(2015, 6, 1, tzinfo=UTC)
+
+
+class Imagery:
+    """Scenes of a test: colours by scene and place; `answers` replaces what a scene gives."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[tuple[str, float]] = Counter()
+        self.answers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def fetch(self, sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        with self._lock:
+            self.asked[scene_id, grid.x0_m] += 1
+        answer = self.answers.get(scene_id)
+        if isinstance(answer, BaseException):
+            raise answer
+        pixels = np.random.default_rng([int(grid.x0_m), int(grid.y0_m), ord(scene_id)]).integers(
+            1, 256, (grid.height_px, grid.width_px, 3), dtype=np.uint8
+        )
+        if answer == "nodata":
+            pixels[3, 5] = 0
+        return pixels
+
+
+def scene_table(*scene_ids: str) -> pa.Table:
+    rows = [
+        {
+            "scene_id": scene_id,
+            "acquired_at_utc": TIME - timedelta(days=number),
+            "cloud_pct": 0.25,
+            "crs": "EPSG:32619",
+            "x_min_m": 2e5,
+            "y_min_m": 4.6e6,
+            "x_max_m": 4e5,
+            "y_max_m": 4.8e6,
+            "footprint_wkb": shapely.box(-73, 41, -70, 44).wkb,
+        }
+        for number, scene_id in enumerate(scene_ids)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCENES.schema)
+
+
+@pytest.fixture
+def photos(make_photos: Callable[..., pa.Table]) -> pa.Table:
+    return make_photos([{"lon_deg": -71.74 + 0.01 * n} for n in range(23)])
+
+
+@pytest.fixture
+def tiles(photos: pa.Table) -> pa.Table:
+    return sampling.sample_tiles(photos, REGION, SMALL, None)
+
+
+FEW = {"concurrency": 4, "max_attempts": 3, "shard_size": 10}
+
+
+def row_of(table: pa.Table, tile_id: str) -> dict[str, Any]:
+    (row,) = [row for row in table.to_pylist() if row["tile_id"] == tile_id]
+    return dict(row)
+
+
+def test_chips_are_stored_georeferenced_and_once(
+    root: UPath, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
+    imagery, listed = Imagery(), scene_table("A", "B")
+    table, changed = chips.update(tiles, listed, photos, SMALL, root, imagery.fetch, **FEW)
+    assert changed
+    assert conform(table, CHIPS).equals(table)
+    assert table.num_rows == tiles.num_rows == 23
+    assert set(table["status"].to_pylist()) == {"ok"}
+    assert {scene for scene, _ in imagery.asked} == {"A"}
+    by_id = {tile["tile_id"]: tile for tile in tiles.to_pylist()}
+    taken = dict(zip(photos["photo_id"].to_pylist(), photos["taken_at_utc"].to_pylist(), strict=True))
+    for row in table.to_pylist():
+        tile = by_id[row["tile_id"]]
+        grid = Grid(row["epsg"], row["x0_m"], row["y0_m"], row["gsd_m"], row["chip_px"], row["chip_px"])
+        content = read_member(root, row["shard"], row["offset"], row["size_bytes"])
+        with MemoryFile(content) as memory, memory.open() as file:
+            assert file.crs.to_epsg() == 32619
+            assert file.transform == grid.affine
+            assert file.dtypes == ("uint8",) * 3
+        np.testing.assert_array_equal(chips.decode(content), Imagery().fetch(SMALL, "A", grid))
+        assert row["time_difference_days"] == pytest.approx(
+            (TIME - taken[tile["center_photo_id"]]).total_seconds() / 86_400
+        )
+        assert (row["scenes_tried"], row["cloud_pct"], row["acquired_at_utc"]) == (1, 0.25, TIME)
+    before = snapshot_of(root)
+    again, changed = chips.update(tiles, listed, photos, SMALL, root, imagery.fetch, **FEW)
+    assert (changed, again.equals(table), snapshot_of(root) == before) == (False, True, True)
+    assert set(imagery.asked.values()) == {1}
+
+
+def test_results_do_not_depend_on_threads(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
+    trees = []
+    for concurrency in (1, 16):
+        folder = UPath(tmp_path / str(concurrency))
+        chips.fetch_chips(
+            tiles, scene_table("A"), photos, None, SMALL, folder, Imagery().fetch, concurrency, 3, 10
+        )
+        trees.append({Path(name).name: content for name, content in snapshot_of(folder).items()})
+    assert trees[0] == trees[1]
+
+
+def test_missing_pixels_take_the_next_scene(tmp_path: Path, tiles: pa.Table, photos: pa.Table) -> None:
+    imagery = Imagery()
+    imagery.answers = {"A": "nodata", "B": ItemError("scene_gone", "404", is_permanent=True)}
+    table, _ = chips.update(
+        tiles, scene_table("A", "B", "C"), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW
+    )
+    assert set(table["scene_id"].to_pylist()) == {"C"}
+    assert set(table["scenes_tried"].to_pylist()) == {3}
+    assert set(table["acquired_at_utc"].to_pylist()) == {TIME - timedelta(days=2)}
+
+
+def test_no_more_scenes_than_useful_are_asked(tmp_path: Path, tiles: pa.Table, photos: pa.Table) -> None:
+    imagery, names = Imagery(), "ABCDEFGHIJKL"
+    imagery.answers = dict.fromkeys(names, "nodata")
+    table, _ = chips.update(tiles, scene_table(*names), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)) == {
+        ("failed", "nodata")
+    }
+    assert set(table["scenes_tried"].to_pylist()) == {chips.MAX_CANDIDATES}
+    assert not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.parametrize(("is_permanent", "status", "asked"), [(True, "rejected", 1), (False, "failed", 3)])
+def test_failures_are_rows_and_passing_ones_are_tried_again(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, is_permanent: bool, status: str, asked: int
+) -> None:
+    imagery = Imagery()
+    imagery.answers = {"A": ItemError("too_bad", "It is bad.", is_permanent=is_permanent)}
+    for _ in range(5):
+        table, changed = chips.update(
+            tiles, scene_table("A"), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW
+        )
+    assert not changed
+    row = row_of(table, tiles["tile_id"][0].as_py())
+    assert (row["status"], row["reason"], row["attempts"]) == (status, "too_bad", asked)
+    assert set(imagery.asked.values()) == {asked}
+
+
+def test_a_passing_failure_does_not_change_the_scene(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    imagery, listed = Imagery(), scene_table("A", "B")
+    imagery.answers = {"A": ItemError("timeout", "It timed out.", is_permanent=False)}
+    table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(table["status"].to_pylist()) == {"failed"}
+    imagery.answers = {}
+    table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(table["scene_id"].to_pylist()) == {"A"}
+    assert set(table["attempts"].to_pylist()) == {2}
+
+
+def test_without_a_scene_nothing_is_asked_until_there_is_one(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
+    imagery = Imagery()
+    for _ in range(5):
+        table, changed = chips.update(
+            tiles, SCENES.empty(), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW
+        )
+    assert set(zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)) == {
+        ("failed", "no_scene")
+    }
+    assert not changed
+    assert not imagery.asked
+    table, _ = chips.update(tiles, scene_table("A"), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+def test_an_abort_keeps_what_was_fetched(root: UPath, tiles: pa.Table, photos: pa.Table) -> None:
+    imagery, bad = Imagery(), tiles["x0_m"][13].as_py()
+
+    def fetch(sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        if grid.x0_m == bad:
+            raise ServiceError("Earth Engine is down. Wait.")
+        return imagery.fetch(sensor, scene_id, grid)
+
+    with pytest.raises(ServiceError):
+        chips.update(tiles, scene_table("A"), photos, SMALL, root, fetch, **FEW)
+    table = read_table(root / "chips.parquet", CHIPS)
+    assert table is not None
+    assert set(table["tile_id"].to_pylist()) == set(tiles["tile_id"].to_pylist()[:13])
+    kept = {tile["x0_m"] for tile in tiles.to_pylist()[:13]}
+    table, _ = chips.update(tiles, scene_table("A"), photos, SMALL, root, imagery.fetch, **FEW)
+    assert set(table["status"].to_pylist()) == {"ok"}
+    assert all(imagery.asked["A", x] == 1 for x in kept)
+
+
+def test_later_tiles_only_append(tmp_path: Path, tiles: pa.Table, photos: pa.Table) -> None:
+    imagery, listed = Imagery(), scene_table("A")
+    before, _ = chips.update(tiles.slice(0, 12), listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    shards = {file.name: file.read_bytes() for file in tmp_path.glob("*.tar")}
+    after, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    rows = {row["tile_id"]: row for row in after.to_pylist()}
+    assert all(rows[row["tile_id"]] == row for row in before.to_pylist())
+    assert all((tmp_path / name).read_bytes() == content for name, content in shards.items())
+
+
+def test_chips_of_tiles_that_are_gone_stay_in_the_index(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    imagery, listed = Imagery(), scene_table("A")
+    chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    fewer, _ = chips.update(tiles.slice(0, 5), listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert fewer.num_rows == 5
+    again, changed = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert (again.num_rows, changed) == (23, False)
+    assert set(imagery.asked.values()) == {1}
+
+
+def test_a_tile_on_another_grid_is_fetched_anew(tmp_path: Path, tiles: pa.Table, photos: pa.Table) -> None:
+    imagery, listed = Imagery(), scene_table("A")
+    chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    moved = tiles.set_column(
+        tiles.schema.get_field_index("x0_m"),
+        tiles.schema.field("x0_m"),
+        pa.array(tiles["x0_m"].to_numpy() + 10),
+    )
+    table, _ = chips.update(moved, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(table["x0_m"].to_pylist()) == set(moved["x0_m"].to_pylist())
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+def test_a_client_that_gives_another_size_is_refused(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    with pytest.raises(DataError, match="32 px"):
+        chips.update(
+            tiles,
+            scene_table("A"),
+            photos,
+            SMALL,
+            UPath(tmp_path),
+            lambda *_: np.ones((4, 4, 3), np.uint8),
+            **FEW,
+        )
+
+
+# --- pixels --------------------------------------------------------------------------------------------------------
+
+
+def test_nodata_is_zero_in_every_band() -> None:
+    array = np.ones((4, 4, 3), np.uint16)
+    assert not chips.has_nodata(array)
+    array[1, 2, :2] = 0
+    assert not chips.has_nodata(array)
+    array[1, 2, 2] = 0
+    assert chips.has_nodata(array)
+
+
+def test_the_display_range_is_scaled_and_rounded() -> None:
+    values = np.array([0, 1, 5, 6, 1500, 2999, 3000, 3001, 65535], dtype=np.uint16)
+    scaled = chips.to_uint8(np.stack([values[None]] * 3, axis=-1), SENTINEL2)
+    assert scaled.dtype == np.uint8
+    assert scaled[0, :, 0].tolist() == [0, 0, 0, 1, 128, 255, 255, 255, 255]
+    plain = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    np.testing.assert_array_equal(chips.to_uint8(plain, NAIP), plain)
+
+
+def test_unfit_arrays_are_refused() -> None:
+    with pytest.raises(DataError, match="display_range"):
+        chips.to_uint8(np.ones((2, 2, 3), np.uint16), NAIP)
+    with pytest.raises(DataError, match=r"\(3, 2, 2\)"):
+        chips.to_uint8(np.ones((3, 2, 2), np.uint8), NAIP)
+    with pytest.raises(DataError, match="decoded"):
+        chips.decode(b"II*\x00 no")
+
+
+@given(
+    seed=st.integers(0, 2**31), gsd=st.sampled_from([0.6, 1.0, 10.0]), epsg=st.sampled_from([32619, 32756])
+)
+def test_encoding_is_lossless_and_deterministic(seed: int, gsd: float, epsg: int) -> None:
+    generator = np.random.default_rng(seed)
+    array = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    grid = Grid.snapped(epsg, float(generator.uniform(2e5, 8e5)), float(generator.uniform(0, 9e6)), gsd, 32)
+    content = chips.encode(array, grid)
+    assert chips.encode(array, grid) == content
+    np.testing.assert_array_equal(chips.decode(content), array)
+    np.testing.assert_array_equal(chips.decode_all([content, content]), np.stack([array, array]))
+    with MemoryFile(content) as memory, memory.open() as file:
+        assert (file.crs.to_epsg(), file.transform) == (epsg, grid.affine)
+    assert chips.decode_all([]).shape == (0, 0, 0, 3)
+
+
+def test_real_naip_pixels_survive(real_data: Path) -> None:
+    with rasterio.open(real_data / "naip_5m_2020.tif") as file:
+        array = np.ascontiguousarray(np.moveaxis(file.read([1, 2, 3], window=((0, 448), (0, 448))), 0, -1))
+    content = chips.encode(array, Grid.snapped(32614, 487_000.0, 5_208_000.0, 5.0, 448))
+    np.testing.assert_array_equal(chips.decode(content), array)
+    assert len(content) < 0.75 * array.size

@@ -1,0 +1,54 @@
+import threading
+import time
+from contextlib import closing
+
+import pytest
+
+from graft_pipeline.errors import ServiceError
+from graft_pipeline.fetching import ordered_map
+
+
+def test_results_come_in_order_whatever_the_timing() -> None:
+    def call(number: int) -> int:
+        time.sleep(0.002 * (7 * number % 5))
+        return number * number
+
+    with closing(ordered_map(call, range(60), 8)) as results:
+        assert list(results) == [(number, number * number) for number in range(60)]
+
+
+def test_items_are_taken_no_faster_than_needed() -> None:
+    taken = []
+
+    def items() -> object:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    with closing(ordered_map(lambda number: number, items(), 2)) as results:  # type: ignore[arg-type]
+        next(results)
+        assert len(taken) <= 8
+    assert len(taken) <= 8
+
+
+def test_calls_run_at_once() -> None:
+    together = threading.Barrier(4, timeout=30)
+    with closing(ordered_map(lambda _: together.wait(), range(4), 4)) as results:
+        assert len(list(results)) == 4
+
+
+def test_an_error_comes_at_its_turn_and_stops_the_rest() -> None:
+    begun = []
+
+    def call(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise ServiceError("The service is down. Start it.")
+        return number
+
+    results = ordered_map(call, range(10_000), 2)
+    assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ServiceError):
+        next(results)
+    assert len(begun) < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
