@@ -18,19 +18,8 @@ from resources.planet.world import World
 #: Native pixels are drawn in blocks of this side at most, whatever is asked for.
 BLOCK_PX = 1024
 _METRES_PER_DEGREE = 111_320.0
-#: Scene classes of Sen2Cor that SCL holds; places of unnamed land covers are bare (5).
-_SCL_CLOUD, _SCL_BARE = 9, 5
-_SCL = {
-    "lake": 6,
-    "river": 6,
-    "pond": 6,
-    "sea": 6,
-    "ocean": 6,
-    "forest": 4,
-    "meadow": 4,
-    "orchard": 4,
-    "farmland": 4,
-}
+#: Classes of Sen2Cor's scene classification: high-probability cloud, and vegetation for all clear ground.
+_SCL_CLOUD, _SCL_CLEAR = 9, 4
 
 # Drawing is arithmetic: more threads than cores would only take each other's caches.
 _drawing = threading.BoundedSemaphore(max(os.cpu_count() or 1, 2))
@@ -172,7 +161,8 @@ def _draw(
         drawn = world.render_naip(grid, scene.started.year, scene.key)
         order = ("R", "G", "B", "N")
     elif bands[0].name == "SCL":
-        drawn = _scene_classes(world, scene, grid)[None]
+        clouds = world.cloud_mask(grid, scene.key, scene.cloud_pct)
+        drawn = np.where(clouds, _SCL_CLOUD, _SCL_CLEAR).astype(np.uint8)[None]
         order = ("SCL",)
     else:
         drawn = world.render_sentinel2(grid, scene.started.date(), scene.key, scene.cloud_pct)
@@ -187,12 +177,3 @@ def _draw(
             below = (np.arange(grid.height_px) + 0.5) * -gsd + (grid.y0_m - scene.y0_m)
             pixels[:, side * (x - edge - slope * below[:, None]) > 0] = 0
     return pixels
-
-
-def _scene_classes(world: World, scene: Scene, grid: Grid) -> np.ndarray:
-    """Sen2Cor's scene classification, (height, width) uint8."""
-    table = np.array([_SCL.get(name, _SCL_BARE) for name in world.classes], np.uint8)
-    classes = table[world.land_cover(grid)]
-    clouds = world.cloud_mask(grid, scene.key, scene.cloud_pct)
-    classes[clouds] = _SCL_CLOUD
-    return classes

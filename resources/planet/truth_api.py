@@ -1,0 +1,56 @@
+"""The planet's truth, for evaluation only: the land-cover map behind the pixels and the names of its classes.
+
+No real service has this; no asset of the training path reads it (truth_client.py is its only reader).
+"""
+
+import io
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from graft_pipeline.errors import InputError
+from graft_pipeline.geometry import Grid
+from resources.planet.world import World
+
+MAX_PIXELS = 50_331_648
+
+
+class TruthApi:
+    """Handlers of the truth routes; they may run in any number of threads.
+
+    Args:
+        world: the planet.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def classes(self, request: Request) -> Response:
+        """`GET /truth/classes`: `{"names": [...]}`, where a class's id is its place in the list."""
+        return JSONResponse({"names": list(self._world.classes)})
+
+    def land_cover(self, request: Request) -> Response:
+        """`GET /truth/land_cover` of a grid, given by the fields of `Grid`: (height, width) uint8 as .npy."""
+        query = request.query_params
+        try:
+            grid = Grid(
+                epsg=int(query["epsg"]),
+                x0_m=float(query["x0_m"]),
+                y0_m=float(query["y0_m"]),
+                gsd_m=float(query["gsd_m"]),
+                width_px=int(query["width_px"]),
+                height_px=int(query["height_px"]),
+            )
+            if grid.gsd_m <= 0 or min(grid.width_px, grid.height_px) < 1:
+                raise ValueError("sizes must be positive")
+            if grid.width_px * grid.height_px > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS} pixels")
+            cover = self._world.land_cover(grid)
+        except (KeyError, ValueError, InputError) as error:
+            return PlainTextResponse(
+                f"Not a grid: {error}. Give a UTM grid as graft_pipeline.geometry.Grid.", 400
+            )
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(cover, np.uint8))
+        return Response(buffer.getvalue(), media_type="application/octet-stream")
