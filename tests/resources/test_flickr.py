@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import subprocess
@@ -322,3 +323,69 @@ def test_client_opens_again_after_close(scripted, reply):
     search(flickr)
     assert flickr.calls == 2
     assert not any(type(entry).__name__ == "Redaction" for entry in logging.getLogger("flickrapi").filters)
+
+
+# --- the planet ---
+
+PLACE = (-71.4, 42.3)
+ALL_TIME = (datetime(2004, 2, 10, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC))
+
+
+def searchable(photos):
+    """Ids that a search for photos may return."""
+    return {str(photo["photo_id"]) for photo in photos}
+
+
+def test_planet_search_is_complete(planet):
+    from resources.planet.world import World
+
+    flickr = client(planet.url)
+    rows = list(flickr.search(*PLACE, 4.0, *ALL_TIME))
+    ids = [row["id"] for row in rows]
+    assert len(ids) > 100
+    assert len(set(ids)) == len(ids)
+    photos = World(0).photos_near(*PLACE, 4.0)
+    # The world knows kinds that are no photos; whatever is found is one of its rows, and nearly all are found.
+    assert set(ids) <= searchable(photos)
+    assert len(ids) > 0.7 * len(photos)
+    assert len({int(row["accuracy"]) for row in rows}) > 1
+    for row in rows:
+        assert ALL_TIME[0].timestamp() <= int(row["dateupload"]) < ALL_TIME[1].timestamp()
+        assert {"latitude", "longitude", "datetaken", "tags", "license", "owner"} <= set(row)
+
+
+def test_planet_windows_add_up(planet):
+    flickr = client(planet.url)
+    middle = datetime(2020, 6, 1, 12, 30, 15, tzinfo=UTC)
+    whole = {row["id"] for row in flickr.search(*PLACE, 3.0, *ALL_TIME)}
+    early = {row["id"] for row in flickr.search(*PLACE, 3.0, ALL_TIME[0], middle)}
+    late = {row["id"] for row in flickr.search(*PLACE, 3.0, middle, ALL_TIME[1])}
+    assert early | late == whole
+    assert not early & late
+
+
+def test_planet_search_beyond_the_ceiling_is_split(planet):
+    """Whole, though Flickr repeats itself after 4,000 results of one query."""
+    flickr = client(planet.url)
+    wide = {row["id"] for row in flickr.search(*PLACE, 22.0, *ALL_TIME)}
+    assert len(wide) > RESULT_LIMIT
+    assert flickr.unreachable_results == 0
+    years = [datetime(year, 1, 1, tzinfo=UTC) for year in range(2015, 2025)]
+    windows = itertools.pairwise(years)
+    assert {row["id"] for window in windows for row in flickr.search(*PLACE, 22.0, *window)} == wide
+
+
+def test_planet_full_of_faults_yields_the_same_photos(planet, make_planet):
+    wanted = [row["id"] for row in client(planet.url).search(*PLACE, 3.0, *ALL_TIME)]
+    rough = make_planet(seed=0, fault_rate=0.4)
+    flickr = client(rough.url, retries=Retries(attempts=15, wait=tenacity.wait_none()))
+    assert [row["id"] for row in flickr.search(*PLACE, 3.0, *ALL_TIME)] == wanted
+    for _ in range(5):
+        list(flickr.search(*PLACE, 1.0, *ALL_TIME))
+    assert sum(count for name, count in rough.stats().items() if name.startswith("fault_")) > 0
+    assert flickr.calls == rough.stats()["search"]
+
+
+def test_planet_refuses_a_bad_key(planet):
+    with pytest.raises(SettingsError, match=r"100.*GRAFT_FLICKR_KEY"):
+        search(FlickrClient("invalid", SECRET, url=planet.url + "/services/rest/"))

@@ -403,7 +403,7 @@ def photographed():
     """The planet's photos around a place."""
     from resources.planet.world import World
 
-    return World(0).photos_near(-71.4, 42.3, 10.0)
+    return World(0).photos_near(-71.4, 42.3, 16.0)
 
 
 def url_of(photo, suffix="_n"):
