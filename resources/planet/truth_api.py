@@ -27,8 +27,8 @@ class TruthApi:
         self._world = world
 
     def classes(self, request: Request) -> Response:
-        """`GET /truth/classes`: `{"names": [...]}`, where a class's id is its place in the list."""
-        return JSONResponse({"names": list(self._world.classes)})
+        """`GET /truth/classes`: `{"names": [...], "palette": [[r, g, b], ...]}`; a class's id is its place."""
+        return JSONResponse({"names": list(self._world.classes), "palette": self._world.palette.tolist()})
 
     def land_cover(self, request: Request) -> Response:
         """`GET /truth/land_cover` of a grid, given by the fields of `Grid`: (height, width) uint8 as .npy."""

@@ -6,6 +6,7 @@ No asset of the training path may import this; what the truth is, is decided by 
 import io
 from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import requests
@@ -33,7 +34,20 @@ class PlanetTruth:
         Raises:
             ServiceError: if the planet does not answer.
         """
-        return list(self._get("/truth/classes", {}).json()["names"])
+        return list(self._classes["names"])
+
+    @cached_property
+    def palette(self) -> np.ndarray:
+        """Colours of the classes on maps, (C, 3) uint8 RGB.
+
+        Raises:
+            ServiceError: if the planet does not answer.
+        """
+        return np.array(self._classes["palette"], np.uint8)
+
+    @cached_property
+    def _classes(self) -> dict[str, Any]:
+        return dict(self._get("/truth/classes", {}).json())
 
     def land_cover(self, grid: Grid) -> np.ndarray:
         """The land-cover map.
