@@ -46,8 +46,7 @@ def assign(tiles: pa.Table, photos: pa.Table, sensor: Sensor, epsg: int) -> pa.T
     """
     x, y = _project(photos, epsg)
     center_x, center_y = columns(tiles, "center_x_m", "center_y_m")
-    parts = list(_matches(center_x, center_y, x, y, sensor.footprint_m))
-    tile_rows, photo_rows = _concatenated(parts)
+    tile_rows, photo_rows = _all_matches(center_x, center_y, x, y, sensor.footprint_m)
     return pa.table(
         {
             "tile_id": tiles["tile_id"].combine_chunks().take(pa.array(tile_rows)),
@@ -84,11 +83,11 @@ def make_pairs(
     x, y = _project(photos, region.epsg)
     center_x, center_y = columns(used, "center_x_m", "center_y_m")
     ids = photos["photo_id"].combine_chunks()
-    parts = [
-        _capped(tile_rows, photo_rows, ids, cap)
-        for tile_rows, photo_rows in _matches(center_x, center_y, x, y, sensor.footprint_m)
-    ]
-    tile_rows, photo_rows = _concatenated(parts)
+    by_hash = np.argsort(np.array([_hash(text) for text in ids.to_pylist()], dtype=np.uint64), kind="stable")
+    tile_rows, hashed_rows = _first_matches(
+        center_x, center_y, x[by_hash], y[by_hash], sensor.footprint_m, cap
+    )
+    photo_rows = by_hash[hashed_rows]
     x0_m, y0_m, gsd_m = (column[tile_rows] for column in columns(used, "x0_m", "y0_m", "gsd_m"))
     of_tile, of_photo = pa.array(tile_rows), pa.array(photo_rows)
     acquired = chips_used["acquired_at_utc"].combine_chunks().take(of_tile)
@@ -172,16 +171,15 @@ def _tiles_with_chips(tiles: pa.Table, chips: pa.Table) -> tuple[pa.Table, pa.Ta
     return used, chips_used
 
 
-def _matches(
+def _ranges(
     center_x: FloatArray, center_y: FloatArray, x: FloatArray, y: FloatArray, side_m: float
-) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield batches of (tile row, photo row): all photos in half-open squares around centres, in order.
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Where to look for the photos of squares: a square overlaps at most two by two cells of its own side.
 
-    A square overlaps at most two by two cells of its own side, so each tile looks at four ranges of the
-    photos sorted by cell. Every tile is whole within one batch.
+    Returns:
+        Photo rows sorted by cell, within a cell in their order; for each square the first positions (T, 4) in
+        that of its four cells, and how many photos (T, 4) each holds.
     """
-    if not center_x.size or not x.size:
-        return
     step = 1 << 32
 
     def cell(a: FloatArray, b: FloatArray) -> IntArray:
@@ -195,43 +193,90 @@ def _matches(
     corner = cell(center_x - side_m / 2, center_y - side_m / 2)
     wanted = corner[:, None] + np.array([0, 1, step, step + 1])
     first = np.searchsorted(sorted_keys, wanted, side="left")
-    counts = np.searchsorted(sorted_keys, wanted, side="right") - first
+    return order, first, np.searchsorted(sorted_keys, wanted, side="right") - first
+
+
+def _batches(counts: IntArray) -> Iterator[slice]:
+    """Consecutive squares with about _CANDIDATES_PER_BATCH photos to look at; at least one each."""
     total = np.cumsum(counts.sum(axis=1))
     start = 0
-    while start < center_x.size:
+    while start < len(counts):
         done = total[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(total, done + _CANDIDATES_PER_BATCH, side="right")))
-        lengths = counts[start:end].ravel()
-        tile_rows = np.repeat(np.arange(start, end), counts[start:end].sum(axis=1))
-        # Positions first, first + 1, ... of every range, laid out one after the other.
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        photo_rows = order[np.repeat(first[start:end].ravel(), lengths) + within]
-        dx, dy = x[photo_rows] - center_x[tile_rows], y[photo_rows] - center_y[tile_rows]
-        half = side_m / 2
-        inside = np.flatnonzero((dx >= -half) & (dx < half) & (dy >= -half) & (dy < half))
-        tile_rows, photo_rows = tile_rows[inside], photo_rows[inside]
-        by_tile = np.lexsort((photo_rows, tile_rows))
-        yield tile_rows[by_tile], photo_rows[by_tile]
+        yield slice(start, end)
         start = end
 
 
-def _capped(tile_rows: IntArray, photo_rows: IntArray, ids: pa.Array, cap: int) -> tuple[IntArray, IntArray]:
-    """Keep at most `cap` photos of each tile, in the order of a hash of their ids."""
-    _, inverse, counts = np.unique(tile_rows, return_inverse=True, return_counts=True)
-    crowded = np.flatnonzero(counts[inverse] > cap)
-    if not crowded.size:
-        return tile_rows, photo_rows
-    # Hashes of crowded tiles' photos alone: elsewhere the order decides nothing.
-    rows, position = np.unique(photo_rows[crowded], return_inverse=True)
-    hashes = np.array([_hash(photo_id) for photo_id in ids.take(pa.array(rows)).to_pylist()], dtype=np.uint64)
-    order = np.lexsort((hashes[position], tile_rows[crowded]))
-    tiles_in_order = tile_rows[crowded][order]
-    starts = np.flatnonzero(np.diff(tiles_in_order, prepend=-1))
-    lengths = np.diff(np.append(starts, len(order)))
-    rank = np.arange(len(order)) - np.repeat(starts, lengths)
-    kept = np.ones(len(tile_rows), dtype=bool)
-    kept[crowded[order[rank >= cap]]] = False
-    return tile_rows[kept], photo_rows[kept]
+def _expand(first: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Positions first, first + 1, ... of every range, laid out one after the other, with their square."""
+    lengths = counts.ravel()
+    square = np.repeat(np.arange(len(counts)), counts.sum(axis=1))
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return square, np.repeat(first.ravel(), lengths) + within
+
+
+def _is_inside(dx: FloatArray, dy: FloatArray, side_m: float) -> npt.NDArray[np.bool_]:
+    half = side_m / 2
+    return np.asarray((dx >= -half) & (dx < half) & (dy >= -half) & (dy < half), dtype=np.bool_)
+
+
+def _all_matches(
+    center_x: FloatArray, center_y: FloatArray, x: FloatArray, y: FloatArray, side_m: float
+) -> tuple[IntArray, IntArray]:
+    """(square, photo row) of all photos in half-open squares, by square and photo."""
+    order, first, counts = _ranges(center_x, center_y, x, y, side_m)
+    parts = []
+    for batch in _batches(counts):
+        square, position = _expand(first[batch], counts[batch])
+        square += batch.start
+        photo = order[position]
+        inside = _is_inside(x[photo] - center_x[square], y[photo] - center_y[square], side_m)
+        parts.append((square[inside], photo[inside]))
+    squares, photos = _concatenated(parts)
+    by_square = np.lexsort((photos, squares))
+    return squares[by_square], photos[by_square]
+
+
+def _first_matches(
+    center_x: FloatArray, center_y: FloatArray, x: FloatArray, y: FloatArray, side_m: float, cap: int
+) -> tuple[IntArray, IntArray]:
+    """(square, photo row) of the first `cap` photos, in their order, of each half-open square.
+
+    In a crowded square the first few of each cell decide, so the cost is that of the result, not of the
+    crowd: hundreds of tiles on one hot-spot of ten thousand photos look at some hundred photos each.
+    """
+    order, first, counts = _ranges(center_x, center_y, x, y, side_m)
+    parts = []
+    todo = np.arange(len(center_x))
+    look = 4 * cap
+    while todo.size:
+        undecided = []
+        looked = np.minimum(counts[todo], look)
+        for batch in _batches(looked):
+            squares = todo[batch]
+            number, position = _expand(first[squares], looked[batch])
+            photo = order[position]
+            inside = _is_inside(
+                x[photo] - center_x[squares[number]], y[photo] - center_y[squares[number]], side_m
+            )
+            # Cells were cut short at some photo: beyond the earliest of those, others may have been missed.
+            limit = np.full(looked[batch].size, np.iinfo(np.int64).max)
+            is_cut = (looked[batch] < counts[squares]).ravel()
+            ends = (first[squares] + looked[batch] - 1).ravel()
+            limit[is_cut] = order[ends[is_cut]]
+            limit = limit.reshape(-1, 4).min(axis=1)
+            inside &= photo <= limit[number]
+            number, photo = number[inside], photo[inside]
+            found = np.bincount(number, minlength=len(squares))
+            is_done = (found >= cap) | ~is_cut.reshape(-1, 4).any(axis=1)
+            undecided.append(squares[~is_done])
+            rows = np.lexsort((photo, number))
+            rank = np.arange(len(rows)) - np.repeat(np.cumsum(found) - found, found)
+            kept = rows[(rank < cap) & is_done[number[rows]]]
+            parts.append((squares[number[kept]], photo[kept]))
+        todo = np.concatenate(undecided)
+        look *= 8
+    return _concatenated(parts)
 
 
 def _hash(photo_id: str) -> int:

@@ -69,8 +69,8 @@ def test_footprints_are_half_open() -> None:
     center = np.array([300_000.0]), np.array([4_700_000.0])
     x = center[0] + np.array([-half, half, -half - 1e-6, 0.0, 0.0])
     y = center[1] + np.array([0.0, 0.0, 0.0, -half, half])
-    batches = list(pairing._matches(*center, x, y, NAIP.footprint_m))
-    assert [photo for _, rows in batches for photo in rows.tolist()] == [0, 3]
+    _, photos = pairing._all_matches(*center, x, y, NAIP.footprint_m)
+    assert photos.tolist() == [0, 3]
 
 
 @given(seed=st.integers(0, 2**31), sensor=SENSORS, cap=st.integers(1, 30))
@@ -161,3 +161,21 @@ def test_photos_without_a_time_pair_without_a_difference(make_photos: Callable[.
     (pair,) = pairing.make_pairs(tiles, chips_of(tiles), photos, REGION, NAIP, 25).to_pylist()
     assert pair["time_difference_days"] is None
     assert pair["taken_at_utc"] is None
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 400),
+    cap=st.integers(1, 12),
+    spread=st.sampled_from([5, 60, 400]),
+)
+def test_the_first_of_each_square_are_those_of_all(seed: int, count: int, cap: int, spread: float) -> None:
+    """The short cut for crowds gives what looking at everyone gives, also where crowds lie beside squares."""
+    generator = np.random.default_rng(seed)
+    x, y = generator.normal(scale=spread, size=(2, count)) + generator.choice([0.0, 150.0], size=(2, count))
+    center_x, center_y = generator.normal(scale=150, size=(2, 20))
+    squares, photos = pairing._all_matches(center_x, center_y, x, y, 224.0)
+    expected = {(s, p) for s in range(20) for p in photos[squares == s][:cap].tolist()}
+    found = pairing._first_matches(center_x, center_y, x, y, 224.0, cap)
+    assert len(found[0]) == len(expected)
+    assert set(zip(found[0].tolist(), found[1].tolist(), strict=True)) == expected
