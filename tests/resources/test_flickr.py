@@ -367,12 +367,12 @@ def test_planet_windows_add_up(planet):
 def test_planet_search_beyond_the_ceiling_is_split(planet):
     """Whole, though Flickr repeats itself after 4,000 results of one query."""
     flickr = client(planet.url)
-    wide = {row["id"] for row in flickr.search(*PLACE, 22.0, *ALL_TIME)}
+    wide = {row["id"] for row in flickr.search(*PLACE, 20.0, *ALL_TIME)}
     assert len(wide) > RESULT_LIMIT
     assert flickr.unreachable_results == 0
-    years = [datetime(year, 1, 1, tzinfo=UTC) for year in range(2015, 2025)]
+    years = [datetime(year, 1, 1, tzinfo=UTC) for year in (2004, 2018, 2020, 2022, 2024)]
     windows = itertools.pairwise(years)
-    assert {row["id"] for window in windows for row in flickr.search(*PLACE, 22.0, *window)} == wide
+    assert {row["id"] for window in windows for row in flickr.search(*PLACE, 20.0, *window)} == wide
 
 
 def test_planet_full_of_faults_yields_the_same_photos(planet, make_planet):
