@@ -202,11 +202,12 @@ class EarthEngineApi:
             raise ApiError(HTTPStatus.BAD_REQUEST, f"Invalid value for fileFormat: {file_format!r}.")
         _check_size(grid, bands)
         try:
-            pixels = read_pixels(self._world, scene, bands, grid)
+            _crs(grid.crs)
         except CRSError as error:
             raise ApiError(
                 HTTPStatus.BAD_REQUEST, f"The CRS of a map projection could not be parsed: {grid.crs!r}."
             ) from error
+        pixels = read_pixels(self._world, scene, bands, grid)
         pixels = _visualised(pixels, wanted.get("visualizationOptions"))
         content = _encoded(file_format, pixels, [band.name for band in bands], grid)
         return Response(content, media_type=_MEDIA[file_format])

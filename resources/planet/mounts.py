@@ -136,9 +136,6 @@ def read_mount(scene: Scene, bands: Sequence[Band], grid: PixelGrid) -> list[np.
 
     Returns:
         One (height, width) array per band, in the file's type.
-
-    Raises:
-        rasterio.errors.CRSError: if the grid's CRS is unknown.
     """
     import rasterio
     from rasterio.warp import Resampling, reproject

@@ -64,9 +64,6 @@ def read_pixels(world: World, scene: Scene, bands: list[Band], grid: PixelGrid) 
 
     Returns:
         One (height, width) array per band, in the band's own type; 0 where the scene has no pixel.
-
-    Raises:
-        rasterio.errors.CRSError: if the grid's CRS is unknown.
     """
     if scene.path is not None:
         from resources.planet.mounts import read_mount
