@@ -180,12 +180,6 @@ def choose_centers(
     """
     known_x, known_y = np.asarray(known_x_m, dtype=np.float64), np.asarray(known_y_m, dtype=np.float64)
     open_rows = np.flatnonzero(~_is_covered(x_m, y_m, known_x, known_y, spacing_m))
-    # Points on the very spot of an earlier one need not be looked at: it covers them, or what covers it does.
-    spots = np.column_stack([x_m[open_rows], y_m[open_rows]])
-    if len(spots) > 1:
-        order = np.lexsort((np.arange(len(spots)), spots[:, 1], spots[:, 0]))
-        repeats = (np.diff(spots[order], axis=0) == 0).all(axis=1)
-        open_rows = np.sort(open_rows[order[np.concatenate([[True], ~repeats])]])
     keys, step = _cells(x_m[open_rows], y_m[open_rows], spacing_m)
     around = (1, -1, step, -step, step + 1, step - 1, 1 - step, -1 - step)
     cells: dict[int, tuple[float, float]] = {}
