@@ -191,13 +191,13 @@ def status() -> None:
     """Show what is materialised per region, and what failed."""
     from graft_pipeline.status import region_status
 
-    rows, columns = region_status(_storage())
-    if not rows:
+    tables = region_status(_storage())
+    if not tables:
         typer.echo(
             "Nothing is materialised yet: register an area (graft areas add FILE) and materialise `regions`."
         )
-        raise typer.Exit
-    _table("Rows per region (ok / all where rows can fail)", columns, rows)
+    for group, columns, rows in tables:
+        _table(f"{group}: rows per region (ok/all where rows can fail)", columns, rows)
 
 
 if __name__ == "__main__":

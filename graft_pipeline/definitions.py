@@ -43,8 +43,10 @@ def world(_context: dg.InitResourceContext) -> Iterator[Settings]:
 
 @dg.resource(required_resource_keys={"world"}, description="Storage root, from GRAFT_ROOT.")
 def storage(context: dg.InitResourceContext) -> Storage:
-    """Files and tables of the deployment."""
-    return Storage(context.resources.world.root)
+    """Files and tables of the deployment; says so at once when the root cannot be written."""
+    opened = Storage(context.resources.world.root)
+    opened.check()
+    return opened
 
 
 @dg.resource(
@@ -53,7 +55,8 @@ def storage(context: dg.InitResourceContext) -> Storage:
 )
 def flickr(context: dg.InitResourceContext) -> FlickrClient:
     """Photo search."""
-    return FlickrClient.from_settings(context.resources.world)
+    settings = context.resources.world
+    return FlickrClient.from_settings(settings, pacing_file=settings.flickr_pacing_file)
 
 
 @dg.resource(required_resource_keys={"world"}, description="Downloads of ground images.")

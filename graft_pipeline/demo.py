@@ -190,8 +190,10 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
     os.environ.update(environment)
     os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
     os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
-    # Dagster's own lines are in the instance; here they would tear the bars.
+    # Log lines are in the instance; here they would tear the bars. With a handler on the root logger, no library
+    # adds one that prints.
     logging.getLogger("dagster").setLevel(logging.CRITICAL)
+    logging.getLogger().addHandler(logging.NullHandler())
 
     from graft_pipeline import areas
     from graft_pipeline.definitions import build_defs

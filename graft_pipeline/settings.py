@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     #: Where image URLs of Flickr's static hosts are fetched from; unset: from the URL as given.
     flickr_static_url: str | None = None
     flickr_calls_per_hour: int = Field(3600, gt=0)
+    #: SQLite file in which all processes with this key share their pace; unset: each process has its own.
+    flickr_pacing_file: Path | None = None
     flickr_timeout_s: float = Field(30.0, gt=0)
     search_locations_per_region: int = Field(100, gt=0)
     search_radius_km: float = Field(2.0, gt=0, lt=32)

@@ -3,7 +3,7 @@
 Dagster's own view of runs and events is in its UI; this needs no instance.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,24 +41,27 @@ def _cell(table: pa.Table) -> str:
     return f"{ok:,}/{table.num_rows:,}"
 
 
-def region_status(storage: Tables) -> tuple[list[list[Any]], list[str]]:
+def region_status(storage: Tables) -> list[tuple[str, list[str], list[list[str]]]]:
     """Count the rows of every dataset in every region.
 
     Args:
         storage: where the tables lie.
 
     Returns:
-        Rows and column names; `-` where a dataset has not been materialised for a region.
+        (group, column names, rows) for the ground and for each sensor; `-` where a dataset has not been
+        materialised for a region.
     """
-    cells: dict[tuple[str, str], str] = {}
-    columns: list[str] = []
+    cells: dict[tuple[str, str, str], str] = {}
     for dataset in (*GROUND, *SENSOR):
-        for values in sorted(storage.partitions(dataset), key=lambda v: (v.get("sensor", ""), v["region"])):
-            column = " ".join(filter(None, [values.get("sensor"), dataset.name]))
-            if column not in columns:
-                columns.append(column)
-            cells[values["region"], column] = _cell(storage.read(dataset, **values))
+        for values in storage.partitions(dataset):
+            group = values.get("sensor", "ground")
+            cells[group, values["region"], dataset.name] = _cell(storage.read(dataset, **values))
     known = set(storage.read(schemas.REGIONS)["region"].to_pylist())
-    regions = sorted(known | {region for region, _ in cells})
-    rows = [[region, *(cells.get((region, column), "-") for column in columns)] for region in regions]
-    return rows, ["region", *columns]
+    regions = sorted(known | {region for _, region, _ in cells})
+    groups = ["ground", *sorted({group for group, _, _ in cells} - {"ground"})] if regions else []
+    tables = []
+    for group in groups:
+        names = [dataset.name for dataset in (GROUND if group == "ground" else SENSOR)]
+        rows = [[region, *(cells.get((group, region, name), "-") for name in names)] for region in regions]
+        tables.append((group, ["region", *names], rows))
+    return tables
