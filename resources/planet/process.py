@@ -203,11 +203,16 @@ def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
         return False
 
 
-def serve(*, on_ready: Callable[[str], None] | None = None, **options: Any) -> None:
+def _announce(url: str) -> None:
+    sys.stdout.write(f"A planet answers at {url} (GRAFT_PLANET__URL={url}). Ctrl-C ends it.\n")
+    sys.stdout.flush()
+
+
+def serve(*, on_ready: Callable[[str], None] = _announce, **options: Any) -> None:
     """Run a planet until it ends or the user interrupts; for the command line.
 
     Args:
-        on_ready: called with the URL once it answers.
+        on_ready: called with the URL once it answers; prints it by default.
         **options: as for `PlanetServer`.
 
     Raises:
@@ -215,8 +220,7 @@ def serve(*, on_ready: Callable[[str], None] | None = None, **options: Any) -> N
         ServiceError: if it cannot start, or ends by itself.
     """
     with PlanetServer(**options) as server:
-        if on_ready is not None:
-            on_ready(server.url)
+        on_ready(server.url)
         try:
             server.wait()
         except KeyboardInterrupt:
