@@ -97,6 +97,7 @@ def scene_classifier(context: dg.InitResourceContext) -> SceneClassifier:
 @dg.resource(description="Progress of long steps, as log lines.")
 def progress(context: dg.InitResourceContext) -> LogProgress:
     """Progress in the run's log."""
+    assert context.log is not None
     return LogProgress(context.log)
 
 

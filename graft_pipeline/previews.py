@@ -280,4 +280,4 @@ def overlay(image: np.ndarray, class_map: np.ndarray, palette: np.ndarray, alpha
         (H, W, 3) uint8.
     """
     blended = (1 - alpha) * image + alpha * palette[class_map]
-    return blended.round().astype(np.uint8)
+    return np.asarray(blended.round(), np.uint8)

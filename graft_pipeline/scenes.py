@@ -184,7 +184,12 @@ def candidates_for_grids(
 
 
 def chip_candidates(
-    tiles: pa.Table, photos: pa.Table, scenes: pa.Table, sensor: Sensor, tile_ids: Sequence[str]
+    tiles: pa.Table,
+    photos: pa.Table,
+    scenes: pa.Table,
+    sensor: Sensor,
+    tile_ids: Sequence[str],
+    limit: int = MAX_CANDIDATES,
 ) -> dict[str, list[str]]:
     """`candidates` for tiles, at the time of their centre photos.
 
@@ -194,13 +199,14 @@ def chip_candidates(
         scenes: SCENES rows of it.
         sensor: the sensor.
         tile_ids: which tiles.
+        limit: at most so many for each.
 
     Returns:
         Scene ids in order of preference by tile id; tiles that are not in `tiles` have none.
     """
     wanted = tiles.filter(pc.is_in(tiles["tile_id"], pa.array(tile_ids, pa.string())))
     grids = tile_grids(wanted)
-    chosen = candidates_for_grids(grids, center_times(wanted, photos), scenes, sensor)
+    chosen = candidates_for_grids(grids, center_times(wanted, photos), scenes, sensor, limit)
     found = dict(zip(wanted["tile_id"].to_pylist(), chosen, strict=True))
     return {tile_id: found.get(tile_id, []) for tile_id in tile_ids}
 

@@ -111,7 +111,7 @@ class Settings(BaseSettings):
 
     #: None: production if keys are set, the planet if none is.
     world: Literal["production", "planet"] | None = None
-    planet: PlanetSettings = Field(default_factory=PlanetSettings)
+    planet: PlanetSettings = PlanetSettings()
 
     @field_validator("grid_deg")
     @classmethod
