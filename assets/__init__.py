@@ -9,4 +9,4 @@ import dagster as dg
 
 # Two features that we use knowingly and that constraints.txt pins: backfill policies, and checks per partition.
 warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
-warnings.filterwarnings("ignore", message="Specifying a partitions_def on an AssetCheckSpec", category=dg.PreviewWarning)
+warnings.filterwarnings("ignore", message="Specifying a partitions_def on", category=dg.PreviewWarning)
