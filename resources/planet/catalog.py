@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
@@ -35,6 +36,11 @@ class Band:
     gsd_m: float
     width_px: int
     height_px: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its pixels, uncompressed."""
+        return self.width_px * self.height_px * np.dtype(self.dtype).itemsize
 
 
 class Footprint:
@@ -100,7 +106,7 @@ class Scene:
             "properties": self.properties,
             "geometry": self.footprint.geojson,
             "bands": [_band_json(self.crs, self.x0_m, self.y0_m, band) for band in self.bands],
-            "sizeBytes": str(sum(band.width_px * band.height_px for band in self.bands)),
+            "sizeBytes": str(sum(band.size_bytes for band in self.bands)),
         }
 
 

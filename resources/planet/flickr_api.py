@@ -260,9 +260,7 @@ def parse_search(parameters: Mapping[str, str]) -> Search:
             raise FlickrError(
                 3, "Parameterless searches have been disabled. Please use flickr.photos.getRecent instead."
             )
-        raise FlickrError(
-            BAD_PLACE, "The planet searches by place only: give bbox, or lat, lon and radius."
-        )
+        raise FlickrError(BAD_PLACE, "The planet searches by place only: give bbox, or lat, lon and radius.")
     uploaded = _date(parameters, "min_upload_date", -math.inf), _date(parameters, "max_upload_date", math.inf)
     taken = _date(parameters, "min_taken_date", -math.inf), _date(parameters, "max_taken_date", math.inf)
     if uploaded[0] > uploaded[1] or taken[0] > taken[1]:

@@ -104,7 +104,9 @@ def _cut(world: World, scene: Scene, bands: list[Band], grid: PixelGrid) -> np.n
                 block = _draw(world, scene, bands, gsd, c.min(), r.min(), np.ptp(c) + 1, np.ptp(r) + 1)
                 if len(c) != block.shape[2] or len(r) != block.shape[1] or scale_x < 0 or scale_y > 0:
                     block = block[:, (r - r.min())[:, None], c - c.min()]
-                out[:, out_rows[in_rows][:, None], out_cols[in_cols]] = block
+                # Indices rise or fall along an axis, so each block fills a rectangle: slices, not index arrays.
+                to_rows, to_cols = out_rows[in_rows], out_cols[in_cols]
+                out[:, to_rows[0] : to_rows[-1] + 1, to_cols[0] : to_cols[-1] + 1] = block
         return out
     col, row = np.meshgrid(np.arange(grid.width_px) + 0.5, np.arange(grid.height_px) + 0.5)
     x, y = transformer(target, source).transform(

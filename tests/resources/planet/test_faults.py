@@ -57,7 +57,7 @@ def test_latency_is_waited_side_by_side(make_planet: Callable[..., Any]) -> None
 
 
 def test_over_the_quota_each_service_refuses_in_its_own_way(make_planet: Callable[..., Any]) -> None:
-    planet = make_planet(quota=2)
+    planet = make_planet(quota=0.05)
     answers = [requests.get(planet.url + ASSET, timeout=10) for _ in range(6)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert answers[0].ok
