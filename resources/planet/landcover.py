@@ -79,12 +79,12 @@ PALETTE = np.array(
 
 #: Classes that are decided by fields, and how much each is favoured: balances their shares of the ground.
 AREA_CLASSES = np.array([FOREST, FARMLAND, MEADOW, RESIDENTIAL, INDUSTRIAL, DESERT, ORCHARD], np.uint8)
-_FAVOUR = np.array([0.05, 0.05, 0.05, 0.10, -0.05, 0.0, 0.0], np.float32)
+_FAVOUR = np.array([0.06, 0.06, 0.03, 0.05, -0.02, -0.08, 0.04], np.float32)
 
 NODE_M = 40.0
-_BIOME_M = 3200.0
+_BIOME_M = 3500.0
 _MOSAIC_M = 420.0
-_MOSAIC_WEIGHT = 0.38
+_MOSAIC_WEIGHT = 0.32
 
 _LAKE_CELL_M = 6400.0
 _LAKE_SHARE = 0.62
@@ -508,7 +508,7 @@ class Land:
         self._paint_lines(self.rivers.near(*box), axes, classes, RIVER, None)
         if shore is not None:
             classes[shore < 0.0] = LAKE
-        diamonds = self.diamonds(*box) if axes.gsd_m < 60 else ()
+        diamonds = self.diamonds(*box)
         for diamond in diamonds:
             window = axes.window(*diamond.box())
             if window is not None:

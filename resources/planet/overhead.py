@@ -141,7 +141,7 @@ class _Sheet:
 
 
 def _lake(rng: np.random.Generator) -> NDArray[np.uint32]:
-    sheet = _Sheet(_FINE_M, (44, 66, 62, 16), rng)
+    sheet = _Sheet(_FINE_M, (42, 74, 86, 16), rng)
     sheet.shade(
         0.05 * sheet.noise(4) + 0.05 * sheet.noise(24) + 0.05 * sheet.noise(96) + 0.03 * sheet.noise(1)
     )
@@ -200,9 +200,9 @@ def _meadow(rng: np.random.Generator) -> NDArray[np.uint32]:
 
 
 def _residential(rng: np.random.Generator) -> NDArray[np.uint32]:
-    sheet = _Sheet(_TOWN_M, (104, 126, 76, 150), rng)
+    sheet = _Sheet(_TOWN_M, (112, 126, 92, 148), rng)
     sheet.shade(0.10 * sheet.noise(12) + 0.05 * sheet.noise(3))
-    street, pavement = (126, 124, 122, 110), (176, 172, 164, 150)
+    street, pavement = (142, 140, 142, 116), (188, 184, 178, 150)
     wide, deep = 120, 80
     for x in range(0, _TOWN_M, wide):
         half = 9 if x % 480 == 0 else 5
@@ -330,13 +330,13 @@ def _desert(rng: np.random.Generator) -> NDArray[np.uint32]:
 
 
 def _orchard(rng: np.random.Generator) -> NDArray[np.uint32]:
-    sheet = _Sheet(_FINE_M, (164, 152, 104, 140), rng)
+    sheet = _Sheet(_FINE_M, (180, 156, 100, 136), rng)
     sheet.shade(0.04 * sheet.noise(1) + 0.05 * sheet.noise(8))
     position = np.arange(0, _FINE_M, 12)
     x, y = (axis.ravel() + 6.0 for axis in np.meshgrid(position, position))
     is_there = rng.random(len(x)) < 0.96
     x, y = x[is_there], y[is_there]
-    tint = np.array([70, 96, 44, 176]) * rng.uniform(0.82, 1.18, (len(x), 1))
+    tint = np.array([66, 90, 36, 176]) * rng.uniform(0.82, 1.18, (len(x), 1))
     radius = rng.uniform(3.4, 4.6, len(x))
     sheet.discs(
         x + rng.uniform(-0.6, 0.6, len(x)),
@@ -760,9 +760,9 @@ class Painter:
         # (band of the paint, reflectance per step, offset, sign of hue, what winter adds)
         for k, (band, slope, offset, hue_sign, winter) in enumerate(
             (
-                (2, 7.6, 120, -1, 0.04),
-                (1, 8.4, 150, 0, -0.06),
-                (0, 8.8, 110, 1, 0.10),
+                (2, 9.6, 70, -1, 0.04),
+                (1, 10.0, 80, 0, -0.06),
+                (0, 10.2, 60, 1, 0.10),
                 (3, 17.0, 60, 0, -0.22),
             )
         ):

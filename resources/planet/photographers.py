@@ -32,12 +32,12 @@ _EMPTY_SHARE = 0.03
 _HOT_SHARE = 0.84
 _HOT_MEAN = 8.0
 #: How much each class draws people, per place that has it: balances the classes among the photos.
-_POPULARITY = {"lake": 1.5, "river": 0.75, "beach": 1.35, "forest": 1.0, "farmland": 1.0, "meadow": 1.2}
+_POPULARITY = {"lake": 1.2, "river": 1.15, "beach": 1.35, "forest": 1.0, "farmland": 1.0, "meadow": 1.0}
 _POPULARITY |= {
-    "residential": 0.7,
+    "residential": 0.75,
     "industrial": 1.0,
-    "highway": 0.9,
-    "baseball": 1.4,
+    "highway": 1.5,
+    "baseball": 1.7,
     "desert": 1.2,
     "orchard": 1.0,
 }

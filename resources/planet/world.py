@@ -4,7 +4,7 @@ How land, pixels and photos are made is in the modules beside this one; protocol
 """
 
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import lru_cache
 
 import numpy as np
@@ -38,14 +38,14 @@ class World:
         seed: the seed.
         classes: names of the land-cover classes, in order of their ids.
         palette: (12, 3) uint8 RGB of the classes on maps.
-        now: the planet's present, Unix seconds; no photo is uploaded later.
+        now: the planet's present, UTC; no photo is uploaded later.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = int(seed)
         self.classes = CLASSES
         self.palette = PALETTE
-        self.now = NOW_S
+        self.now = datetime.fromtimestamp(NOW_S, UTC)
         self._painter = Painter(self.seed)
         self._land = lru_cache(maxsize=120)(lambda zone: Land(self.seed, zone))
         self._photographers = Photographers(self.seed, self._land)
@@ -67,7 +67,8 @@ class World:
         zone, _ = frame_of(grid.epsg)
         x, y = middles(grid)
         if is_at_home(grid):
-            return self._land(zone).cover(Axes(x, y, grid.gsd_m)).classes
+            land = self._land(zone)
+            return _in_strips(lambda axes: land.cover(axes).classes, Axes(x, y, grid.gsd_m))
         lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
         return self.land_cover_at(lon, lat).reshape(grid.height_px, grid.width_px)
 
@@ -164,7 +165,7 @@ class World:
         if is_at_home(grid):
             x, y = middles(grid)
             columns, rows = np.floor(x / native_m).astype(np.int64), np.floor(-y / native_m).astype(np.int64)
-            return paint(zone, Axes.of_cells(columns, rows, native_m))
+            return _in_strips(lambda axes: paint(zone, axes), Axes.of_cells(columns, rows, native_m))
         self._resample(grid, native_m, paint, out)
         return out
 
@@ -286,3 +287,15 @@ class World:
         if jpeg is None or photo is None:
             return None
         return not_a_jpeg(str(photo["flaw"]), jpeg)
+
+
+def _in_strips(paint: Callable[[Axes], NDArray], axes: Axes) -> NDArray:
+    """Paint a grid in strips of rows, so that large requests need little memory."""
+    height = max(1, _MAX_WINDOW_PX // len(axes.x))
+    if len(axes.y) <= height:
+        return paint(axes)
+    strips = [
+        paint(Axes(axes.x, axes.y[start : start + height], axes.gsd_m))
+        for start in range(0, len(axes.y), height)
+    ]
+    return np.concatenate(strips, axis=-2)
