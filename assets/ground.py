@@ -8,7 +8,14 @@ from datetime import UTC, datetime
 import dagster as dg
 import numpy as np
 
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from assets.reporting import (
+    OWNERS,
+    RETRY,
+    check_specs,
+    only_transient_retries,
+    report_table,
+    table_schema,
+)
 from graft_pipeline import areas, embeddings, ground_images, photos, previews, sampling, schemas, sheets
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress
@@ -21,13 +28,10 @@ from resources.images import ImageFetcher
 from resources.scene_classifier import SceneClassifier
 from resources.storage import Storage
 
-#: A service that falters is tried again by the client; a step that fails all the same, twice more and later.
-RETRY = dg.RetryPolicy(max_retries=2, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-
 
 def ground_asset(dataset: schemas.Dataset, **options):
     """An asset of the `ground` group, partitioned by region, whose table is `dataset`."""
-    return dg.asset(
+    make = dg.asset(
         name=dataset.name,
         group_name="ground",
         owners=OWNERS,
@@ -37,6 +41,7 @@ def ground_asset(dataset: schemas.Dataset, **options):
         check_specs=check_specs([dataset.name]),
         **options,
     )
+    return lambda function: make(only_transient_retries(function))
 
 
 class FlickrPhotosConfig(dg.Config):

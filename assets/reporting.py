@@ -3,13 +3,15 @@
 What a check means is in graft_pipeline.rules; how a preview is drawn, in graft_pipeline.previews.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 
 from graft_pipeline import rules
+from graft_pipeline.errors import DataError, InputError, SettingsError
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.previews import to_markdown
 from graft_pipeline.provenance import fingerprint
@@ -17,6 +19,22 @@ from graft_pipeline.rules import Finding
 from graft_pipeline.schemas import Dataset
 
 OWNERS = ["team:data-engineering"]
+
+#: A service that falters is tried again by the client; a step that fails all the same, twice more and later.
+RETRY = dg.RetryPolicy(max_retries=2, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+
+
+def only_transient_retries(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a retry policy try again what may pass, but not wrong keys, settings, input or data."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (SettingsError, InputError, DataError) as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
+
+    return wrapped
 
 
 def table_schema(dataset: Dataset) -> dg.TableSchema:

@@ -7,8 +7,14 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets.ground import RETRY
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from assets.reporting import (
+    OWNERS,
+    RETRY,
+    check_specs,
+    only_transient_retries,
+    report_table,
+    table_schema,
+)
 from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import REGION_PARTITIONS
@@ -54,7 +60,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     """
 
     def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
-        return dg.asset(
+        make = dg.asset(
             name=dataset.name,
             key_prefix=sensor.name,
             group_name=sensor.name,
@@ -65,6 +71,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             check_specs=check_specs([sensor.name, dataset.name], *rules_of_data),
             **options,
         )
+        return lambda function: make(only_transient_retries(function))
 
     @sensor_asset(
         schemas.SCENES,
@@ -80,6 +87,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         storage: dg.ResourceParam[Storage],
         earth_engine: dg.ResourceParam[EarthEngine],
     ) -> dg.MaterializeResult:
+        """Scenes of the collection that touch the region, listed once; which serves which tile is chosen locally."""
         region = Region.parse(context.partition_key, world.grid_deg)
         table = scenes.scene_rows(earth_engine.list_scenes(sensor, region.bounds), sensor)
         changed = storage.write(schemas.SCENES, table, sensor=sensor.name, region=region.key)
@@ -102,6 +110,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
     ) -> dg.MaterializeResult:
+        """Ground squares centred on photos, never closer than half a footprint; what arrives later moves no tile."""
         region = Region.parse(context.partition_key, world.grid_deg)
         usable = eligible_photos(storage, region.key)
         known = storage.read(schemas.TILES, sensor=sensor.name, region=region.key)
@@ -152,6 +161,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         earth_engine: dg.ResourceParam[EarthEngine],
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
+        """448 px images of the tiles, each one request for pixels of one scene, in tar shards with an index."""
         place = {"sensor": sensor.name, "region": context.partition_key}
         tiles, listed = storage.read(schemas.TILES, **place), storage.read(schemas.SCENES, **place)
         taken = storage.read(schemas.FLICKR_PHOTOS, region=context.partition_key)
@@ -195,6 +205,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
     ) -> dg.MaterializeResult:
+        """One row for each photo in a tile's footprint, with its exact pixel in the chip: the manifest."""
         region = Region.parse(context.partition_key, world.grid_deg)
         place = {"sensor": sensor.name, "region": region.key}
         tiles, made = storage.read(schemas.TILES, **place), storage.read(schemas.CHIPS, **place)

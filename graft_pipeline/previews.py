@@ -137,7 +137,8 @@ def scatter_map(
     axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(np.mean(latitudes))))))
     axes.set(title=title, xlabel="longitude", ylabel="latitude")
     axes.ticklabel_format(useOffset=False)
-    axes.legend(fontsize=7, loc="upper right")
+    if layers:
+        axes.legend(fontsize=7, loc="upper right")
     return _png(figure)
 
 

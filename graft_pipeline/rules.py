@@ -195,7 +195,7 @@ def chip_georeference(
             with MemoryFile(read(row)) as memory, memory.open() as chip:
                 expected = (row["gsd_m"], 0.0, row["x0_m"], 0.0, -row["gsd_m"], row["y0_m"])
                 center = centers[row["tile_id"]]
-                column, line = ~chip.transform * (center["center_x_m"], center["center_y_m"])
+                column, line = ~chip.transform @ (center["center_x_m"], center["center_y_m"])
                 half = row["chip_px"] / 2
                 if chip.crs.to_epsg() != row["epsg"] or tuple(chip.transform)[:6] != expected:
                     problems.append(f"{row['tile_id']}: georeference {chip.crs} {tuple(chip.transform)[:6]}")

@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     #: Training recipe; unset: the paper's in production, the small one on the planet. `smoke` only tests machinery.
     recipe: Literal["paper", "planet", "smoke"] | None = None
     #: West, south, east, north of ground that is only evaluated on; on the planet.
-    benchmark_bounds: tuple[float, float, float, float] = (-71.0, 43.0, -69.5, 44.0)
+    benchmark_bounds: tuple[float, float, float, float] = (-71.0, 43.0, -70.0, 43.75)
 
     # --- pairs ---
     sensors: tuple[SensorSettings, ...] = ()

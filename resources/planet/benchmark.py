@@ -20,7 +20,6 @@ from graft_pipeline.geometry import Grid, Projection, utm_epsg
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import write_bytes_atomic
 from resources.earth_engine import EarthEngine
-from resources.planet.landcover import PALETTE
 from resources.planet.truth_client import PlanetTruth
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,9 @@ logger = logging.getLogger(__name__)
 CELLS_PER_CROP = 16
 #: Coarse map cells along one side at most; a larger area is cut at its south-west corner.
 MAX_CELLS = 2400
+#: The truth is asked for at most this coarsely, and in strips of at most so many cells.
+COARSEST_TRUTH_M = 36.0
+MAX_TRUTH_CELLS = 1_000_000
 #: A chip has the class of at least this share of its crop.
 DOMINANT_SHARE = 0.6
 #: Classes too narrow ever to dominate a crop: the label of chips that they cross through the centre.
@@ -116,7 +118,7 @@ def build_benchmark(
     west, south, east, north = bounds
     projection = Projection(utm_epsg((west + east) / 2, (south + north) / 2))
     coarse = _coarse_grid(projection, bounds, sensor)
-    cover = truth.land_cover(coarse)
+    cover = _coarse_cover(truth, coarse)
     labelled = _dominated_places(cover, truth.classes, chips_per_class, rng)
     labelled = {name: places for name, places in labelled.items() if len(places) >= MIN_CHIPS}
     stratified = _stratified_places(cover, len(truth.classes), segmentation_chips, rng)
@@ -138,7 +140,7 @@ def build_benchmark(
     empty = np.zeros((0, sensor.crop_px, sensor.crop_px, 3), np.uint8)
     return Benchmark(
         all_classes=tuple(truth.classes),
-        palette=PALETTE,
+        palette=truth.palette,
         classes=tuple(labelled),
         chips=np.stack([a for a in pixels[:split] if a is not None] or list(empty))
         if kept[:split].any()
@@ -165,6 +167,19 @@ def _coarse_grid(projection: Projection, bounds: tuple[float, float, float, floa
     gsd = sensor.footprint_m / CELLS_PER_CROP
     columns, rows = (int(min(MAX_CELLS, side // gsd)) for side in (x_max - x_min, y_max - y_min))
     return Grid(projection.epsg, float(x_min), float(y_min) + rows * gsd, gsd, columns, rows)
+
+
+def _coarse_cover(truth: PlanetTruth, grid: Grid) -> np.ndarray:
+    """The class at the middle of every cell, from a finer map asked for in strips: quicker, and little memory."""
+    finer = max(1, int(np.ceil(grid.gsd_m / COARSEST_TRUTH_M)))
+    gsd, width = grid.gsd_m / finer, grid.width_px * finer
+    rows = max(1, MAX_TRUTH_CELLS // (width * finer))
+    strips = []
+    for top in range(0, grid.height_px, rows):
+        height = min(rows, grid.height_px - top) * finer
+        strip = Grid(grid.epsg, grid.x0_m, grid.y0_m - top * grid.gsd_m, gsd, width, height)
+        strips.append(truth.land_cover(strip)[finer // 2 :: finer, finer // 2 :: finer])
+    return np.concatenate(strips)
 
 
 def _dominated_places(

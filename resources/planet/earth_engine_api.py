@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import json
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from http import HTTPStatus
@@ -367,11 +368,16 @@ def _geotiff(pixels: list[np.ndarray], grid: PixelGrid) -> bytes:
         return bytes(memory.getbuffer())
 
 
+_CRS_LOCK = threading.Lock()
+
+
 @lru_cache(maxsize=256)
 def _crs(code: str) -> Any:
-    from rasterio.crs import CRS
+    # One at a time: threads that import rasterio for the first time together look for PROJ's data too early.
+    with _CRS_LOCK:
+        from rasterio.crs import CRS
 
-    return CRS.from_user_input(code)
+        return CRS.from_user_input(code)
 
 
 def discovery_document(root_url: str) -> dict[str, Any]:

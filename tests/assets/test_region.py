@@ -12,7 +12,7 @@ import pytest
 from graft_pipeline import schemas
 from graft_pipeline.chips import decode, to_uint8
 from graft_pipeline.embeddings import read_images
-from graft_pipeline.errors import GraftError, InputError
+from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import SENTINEL2
 from graft_pipeline.settings import Settings
@@ -86,7 +86,7 @@ def test_sentinel_chips_of_the_same_zone_are_the_scenes_own_pixels(collected: An
     same_zone = [own_crs[r["scene_id"]] == f"EPSG:{r['epsg']}" for r in ok.to_pylist()]
     ok = ok.filter(pa.array(same_zone)).slice(0, 4)
     assert ok.num_rows
-    settings = Settings(_env_file=None, ee_url=planet.url, ee_project="planet", planet={"url": planet.url})
+    settings = Settings(_env_file=None, world="planet", ee_url=planet.url, ee_project="planet")
     earth_engine = EarthEngine.from_settings(settings)
     contents = read_images(collected.storage.folder(schemas.CHIPS, **place), ok)
     for row, content in zip(ok.to_pylist(), contents, strict=True):
@@ -155,8 +155,10 @@ def test_without_an_area_the_message_says_how_to_register_one(planet: Any, deplo
 
 
 def test_an_unreachable_planet_is_named(deploy: Deploy) -> None:
-    with pytest.raises(GraftError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(dg.DagsterError) as caught:
         deploy(planet_url="http://127.0.0.1:9").materialise("regions")
+    assert isinstance(caught.value.__cause__, ServiceError)
+    assert "http://127.0.0.1:9" in str(caught.value.__cause__)
 
 
 def test_a_refused_flickr_key_stops_the_run_and_keeps_what_was_there(
@@ -177,7 +179,8 @@ def test_a_refused_flickr_key_stops_the_run_and_keeps_what_was_there(
         monkeypatch.setenv(name, value)
     result = deployment.materialise("flickr_photos", partition=REGION, raise_on_error=False)
     assert not result.success
-    failure = str(result.failure_data_for_node("flickr_photos").to_string())
+    (event,) = result.get_step_failure_events()
+    failure = event.event_specific_data.error.to_string()
     assert "GRAFT_FLICKR_KEY" in failure
     assert "s3cret-nowhere" not in failure
     assert deployment.files() == files
