@@ -609,8 +609,11 @@ class Land:
         Returns:
             (N,) uint8 indices into `CLASSES`.
         """
-        if not len(x):
-            return np.empty(0, np.uint8)
+        # Neighbours in the arrays are usually neighbours on the ground: a block needs few lakes, pieces and fields.
+        blocks = [self._classes_of(x[k : k + 8192], y[k : k + 8192]) for k in range(0, len(x), 8192)]
+        return np.concatenate([np.empty(0, np.uint8), *blocks])
+
+    def _classes_of(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.uint8]:
         classes, shore = self._area_at(x, y)
         classes[shore < 1.0] = BEACH
         box = (float(x.min()), float(y.min()), float(x.max()), float(y.max()))
@@ -641,10 +644,15 @@ def _in_pieces(
 def _on_lines(pieces: Pieces, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
     found = np.zeros(len(x), bool)
     # Blocks of points keep the matrix of points and pieces small.
-    for start in range(0, len(x) if len(pieces) else 0, 256):
-        part = slice(start, start + 256)
-        dx, dy = x[part, None] - pieces.table[0], y[part, None] - pieces.table[1]
-        found[part] = _in_pieces(pieces.table, dx, dy)[0].any(axis=1)
+    for start in range(0, len(x) if len(pieces) else 0, 512):
+        part = slice(start, start + 512)
+        some_x, some_y = x[part], y[part]
+        near = pieces.touching(
+            float(some_x.min()), float(some_y.min()), float(some_x.max()), float(some_y.max())
+        )
+        if near is not None:
+            dx, dy = some_x[:, None] - near.table[0], some_y[:, None] - near.table[1]
+            found[part] = _in_pieces(near.table, dx, dy)[0].any(axis=1)
     return found
 
 

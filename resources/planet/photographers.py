@@ -480,9 +480,12 @@ class Photographers:
         whole["uploaded_at"] = np.where(
             copy, np.minimum(whole["uploaded_at"] + later, _LAST_S - 1 - later % 1000), whole["uploaded_at"]
         )
+        whole["uploaded_at"] = np.minimum(whole["uploaded_at"], _LAST_S - 1)
         # A re-upload has lost its EXIF: its date taken is its date of upload.
         whole["taken_unknown"] |= copy
-        whole["taken_at_local"] = np.where(copy, whole["uploaded_at"], whole["taken_at_local"])
+        whole["taken_at_local"] = np.where(
+            whole["taken_unknown"], whole["uploaded_at"], whole["taken_at_local"]
+        )
         whole["title"] = np.where(copy, "repost", whole["title"])
         # Until ids exist: which row each drawing is of.
         whole["image_id"] = index.astype("U11")

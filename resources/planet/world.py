@@ -21,8 +21,6 @@ from resources.planet.photographers import NOW_S, SIZES_PX, Photographers
 NAIP_GSD_M = 1.0
 SENTINEL2_GSD_M = 10.0
 
-#: Nodes of the transformation between two zones, metres; bilinear in between, to a fraction of a millimetre.
-_WARP_M = 64.0
 #: Native pixels that a resampled request may touch at once.
 _MAX_WINDOW_PX = 4_000_000
 
