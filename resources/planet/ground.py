@@ -285,7 +285,7 @@ def _beach(canvas: Canvas, ahead: str | None) -> None:
     horizon = dice.between(0.28, 0.42)
     canvas.draw_sky(horizon)
     shore = horizon + dice.between(0.1, 0.24)
-    canvas.fade(horizon, shore, (44, 110, 168), (98, 178, 196), 5)
+    canvas.fade(horizon, shore + 0.1, (44, 110, 168), (98, 178, 196), 6)
     slope = dice.between(-0.08, 0.08)
     sand = dice.pick(((236, 214, 166), (226, 200, 150), (240, 224, 188)))
     canvas.polygon([(0, shore - slope), (1, shore + slope), (1, 1), (0, 1)], sand)
@@ -1009,15 +1009,19 @@ def render_scene(
     exposure = dice.between(0.88, 1.1)
     light = np.asarray(patches) * np.float32(0.05) + np.float32(exposure)
     # Small pictures stand for larger ones made smaller: their grain is averaged.
-    roughness = np.float32(_ROUGHNESS.get(kind, 0.035) * min(1.0, min(width, height) / 120))
-    light += fine[dy : dy + height, dx : dx + width] * roughness
+    roughness = np.float32(_ROUGHNESS.get(kind, 0.035) * min(1.0, min(width, height) / 144))
+    grain = fine[dy : dy + height, dx : dx + width] * roughness
+    if kind in _ROUGHNESS and kind != "forest":
+        # The sky is smoother than the ground.
+        grain[: int(0.42 * height)] *= np.float32(0.35)
+    light += grain
     picture *= light[..., None]
     np.clip(picture, 0, 255, out=picture)
     return picture.astype(np.uint8)
 
 
 #: Shorter side at which photos are drawn before they are brought to their size.
-_DRAWN_PX = 120
+_DRAWN_PX = 144
 
 
 def photo_jpeg(

@@ -49,6 +49,7 @@ _REUPLOAD_SHARE = 0.02
 #: Flaws of the image files, and how often each occurs.
 FLAWS = {"html": 0.002, "truncated": 0.002, "huge": 0.001, "animated": 0.0015, "cmyk": 0.002}
 _NO_URL_SHARE = 0.01
+_SCREENSHOT_SHARE = 0.004
 
 _FIRST_S = calendar.timegm((2016, 1, 1, 0, 0, 0))
 _LAST_S = calendar.timegm((2023, 12, 31, 0, 0, 0))
@@ -429,12 +430,16 @@ class Photographers:
     def _describe(self, rng: np.random.Generator, photos: NDArray[np.void]) -> None:
         count = len(photos)
         informative = rng.random(count) < 0.3
+        is_screenshot = rng.random(count) < _SCREENSHOT_SHARE
         draw = rng.integers(0, 1 << 30, (count, 4))
         titles, tags = [], []
         for k in range(count):
             kind = str(photos["kind"][k])
             a, b, c, d = (int(value) for value in draw[k])
-            if informative[k]:
+            if is_screenshot[k]:
+                titles.append(f"Screenshot_{b % 10000:04d}")
+                tags.append("screenshot")
+            elif informative[k]:
                 names = CLASS_NAMES.get(kind, (kind,))
                 name = names[a % len(names)]
                 titles.append(_MOODS[b % len(_MOODS)].format(name).capitalize())
