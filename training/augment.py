@@ -4,7 +4,7 @@ Coordinates are pixels, (column, row), 0 at the left and upper edge of the first
 Which chips are in memory, and at which resolution, is in data.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,17 @@ class Crops:
     center: NDArray[np.float64]
     chip_px: int
     crop_px: int
+
+    def part(self, rows: slice) -> "Crops":
+        """Some of the crops.
+
+        Args:
+            rows: which chips of the batch.
+
+        Returns:
+            Their crops.
+        """
+        return replace(self, matrix=self.matrix[rows], center=self.center[rows])
 
     def to_chip(self, points: NDArray[np.float64], chip: NDArray[np.int64]) -> NDArray[np.float64]:
         """Positions in the chip of positions in the crop.

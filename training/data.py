@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -209,6 +209,8 @@ class Batch:
         photo_row: (P,) int64, photo rows of the split.
         tile_of_photo: (P,) int64, chip of the batch that each photo belongs to.
         position: (P, 2) float64, (column, row) of each photo in its crop, pixels; all inside.
+        others: (Q, D) float32, f_G of the photos of tiles that other processes have.
+        share: tiles with a photo here, as a share of those of all processes; 1 for a process alone.
     """
 
     chips: NDArray[np.uint8]
@@ -217,6 +219,30 @@ class Batch:
     photo_row: NDArray[np.int64]
     tile_of_photo: NDArray[np.int64]
     position: NDArray[np.float64]
+    others: NDArray[np.float32]
+    share: float
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the tiles, and their photos.
+
+        Args:
+            rows: which tiles of the batch.
+
+        Returns:
+            A batch of them; photos of the other tiles become `others`.
+        """
+        own = slice(*np.searchsorted(self.tile_of_photo, [rows.start, rows.stop]))
+        with_photo = len(np.unique(self.tile_of_photo[own]))
+        return Batch(
+            chips=self.chips[rows],
+            crops=self.crops.part(rows),
+            photos=self.photos[own],
+            photo_row=self.photo_row[own],
+            tile_of_photo=self.tile_of_photo[own] - rows.start,
+            position=self.position[own],
+            others=np.concatenate([self.others, self.photos[: own.start], self.photos[own.stop :]]),
+            share=self.share * with_photo / max(1, len(np.unique(self.tile_of_photo))),
+        )
 
 
 class Batches:
@@ -237,6 +263,8 @@ class Batches:
         photos_per_tile: int,
         max_shift: float,
         seed: int,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         """Prepare to draw batches.
 
@@ -249,18 +277,23 @@ class Batches:
             photos_per_tile: at most so many photos of a tile, drawn anew each time.
             max_shift: see `augment.random_crops`.
             seed: seed of everything that is drawn.
+            rank: number of this process.
+            size: number of processes; each has an equal part of every batch, and draws all of it but the chips,
+                so that no photo has to be sent around.
 
         Raises:
-            DataError: if there is no tile.
+            DataError: if there are fewer tiles than processes.
         """
-        if not len(tiles):
+        if len(tiles) < size:
             raise DataError(
-                "The training split has no tile: scrape more regions, or lower validation_fraction."
+                f"The training split has {len(tiles)} tiles for {size} processes: scrape more regions, or lower "
+                "validation_fraction."
             )
         self._tiles, self._chips, self._embeddings = tiles, chips, embeddings
         self._crop_px, self._photos_per_tile, self._max_shift = crop_px, photos_per_tile, max_shift
-        self._seed = seed
-        self.batch_tiles = min(batch_tiles, len(tiles))
+        self._seed, self._rank = seed, rank
+        self._own_tiles = min(batch_tiles, len(tiles)) // size
+        self.batch_tiles = self._own_tiles * size
         #: The last tiles of an epoch that fill no batch are left out of it; the next epoch's order is
         # another.
         self.per_epoch = len(tiles) // self.batch_tiles
@@ -281,8 +314,9 @@ class Batches:
         crops = random_crops(
             len(tiles), self._chips.side_px, self._crop_px, random, max_shift=self._max_shift
         )
+        own = slice(self._rank * self._own_tiles, (self._rank + 1) * self._own_tiles)
         return assemble(
-            self._tiles, self._chips, self._embeddings, tiles, crops, self._photos_per_tile, random
+            self._tiles, self._chips, self._embeddings, tiles, crops, self._photos_per_tile, random, own
         )
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
@@ -311,6 +345,7 @@ def assemble(
     crops: Crops,
     photos_per_tile: int,
     random: np.random.Generator,
+    own: slice | None = None,
 ) -> Batch:
     """Put chips, crops and the photos inside them together.
 
@@ -322,6 +357,7 @@ def assemble(
         crops: one crop per tile of the batch.
         photos_per_tile: at most so many photos of a tile.
         random: draws which.
+        own: rows of `chosen` that this process has; None: all. Only their chips are read.
 
     Returns:
         The batch, photos ordered by tile.
@@ -335,14 +371,18 @@ def assemble(
     counts = np.bincount(tile_of_photo, minlength=len(chosen))
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     kept = order[rank < photos_per_tile]
-    return Batch(
-        chips=chips.take(chosen),
+    own = own or slice(0, len(chosen))
+    whole = Batch(
+        chips=np.empty((len(chosen), 0)),
         crops=crops,
         photos=np.asarray(embeddings[tiles.embedding_row[photo_row[kept]]], dtype=np.float32),
         photo_row=photo_row[kept],
         tile_of_photo=tile_of_photo[kept],
         position=position[kept],
+        others=np.empty((0, embeddings.shape[1]), dtype=np.float32),
+        share=1.0,
     )
+    return replace(whole.part(own), chips=chips.take(chosen[own]))
 
 
 def validation_batch(

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError
@@ -24,6 +25,7 @@ from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.provenance import code_version, fingerprint
 from training.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from training.data import Batch, Batches, Chips, Tiles, TrainingSet, first_tiles, validation_batch
+from training.distributed import Team, join_team
 from training.encoders import Clip, check_patch_tower, image_features, load_clip, patch_features, to_input
 from training.export import save_encoder
 from training.losses import image_level_loss, pixel_level_loss
@@ -32,6 +34,8 @@ from training.optimisation import check_finite, make_optimizer, one_cycle
 logger = logging.getLogger(__name__)
 
 RECALL_AT = (1, 10)
+
+_LAST, _BEST = "last.safetensors", "best.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +200,15 @@ def train(
     and foundation model are the same; on a CPU it ends with the same weights, bit for bit, as one that was
     not.
 
+    Under `torchrun`, all of its processes call this with the same arguments and storage that they all see; each
+    has an equal part of every batch, and the loss and its gradient are those of the whole batch.
+
     Args:
         config: what to train and how.
         training_set_folder: snapshot folder of `training_set`.
         storage_root: storage root that the chip shards' names are relative to.
         output: folder of this training; one training at a time writes there.
-        progress: called after each step.
+        progress: called after each step, in the first process only.
 
     Returns:
         Folder, curves and costs.
@@ -215,20 +222,48 @@ def train(
     started, started_cpu = time.perf_counter(), time.process_time()
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    clip = load_clip(config.architecture, config.pretrained, device)
-    foundation_id = clip.fingerprint()
-    tower = clip.model.visual
-    if config.level == "pixel":
-        check_patch_tower(tower)
-    data = TrainingSet(training_set_folder, storage_root)
-    _check_width(data, clip)
-    trainer = _Trainer(config, clip, data, device)
-    identity = fingerprint(asdict(config), data.fingerprint, foundation_id, _code_version())
+    with join_team(resolve_device(config.device)) as (team, device):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        clip = load_clip(config.architecture, config.pretrained, device)
+        foundation_id = clip.fingerprint()
+        if config.level == "pixel":
+            check_patch_tower(clip.model.visual)
+        data = TrainingSet(training_set_folder, storage_root)
+        _check_width(data, clip)
+        trainer = _Trainer(config, clip, data, device, team)
+        identity = fingerprint(asdict(config), data.fingerprint, foundation_id, _code_version(), team.size)
+        run = _run_to_the_end(trainer, output / "checkpoints", identity, progress if team.is_first else None)
+        if team.is_first:
+            curves = {"history": run.history, "validations": run.validations}
+            write_bytes_atomic(output / "history.json", (json.dumps(curves, indent=1) + "\n").encode())
+            card = model_card(config, data, clip, foundation_id, run.validations, run.best_step)
+            save_encoder(output / "encoder", clip, card)
+            for name in (_LAST, _BEST):
+                (output / "checkpoints" / name).unlink(missing_ok=True)
+        team.wait()
+        is_cuda = device.type == "cuda"
+        return TrainResult(
+            folder=output / "encoder",
+            model_id=clip.fingerprint(),
+            history=run.history,
+            validations=run.validations,
+            best_step=run.best_step,
+            train_tiles=len(trainer.tiles),
+            train_photos=len(trainer.tiles.embedding_row),
+            seconds=time.perf_counter() - started,
+            cpu_seconds=time.process_time() - started_cpu,
+            peak_memory_gb=peak_memory_gb(),
+            peak_device_memory_gb=torch.cuda.max_memory_allocated(device) / 2**30 if is_cuda else None,
+        )
 
-    last, best = output / "checkpoints" / "last.safetensors", output / "checkpoints" / "best.safetensors"
+
+def _run_to_the_end(
+    trainer: "_Trainer", checkpoints: UPath, identity: str, progress: Callable[[Progress], None] | None
+) -> _Run:
+    """Train from the last checkpoint or the start; leaves the best weights in the tower."""
+    config, team = trainer.config, trainer.team
+    last, best = checkpoints / _LAST, checkpoints / _BEST
     run = trainer.resume(last, identity)
     if run is None:
         run = _Run()
@@ -240,47 +275,50 @@ def train(
         validation = None
         if run.step % config.validate_every == 0 or run.step == config.steps:
             validation = trainer.validate(run)
-            if run.best_step == run.step:
-                save_checkpoint(best, trainer.weights(), {"identity": identity, "step": run.step})
-            # `last` comes second: a run killed in between goes on before `best` and writes it again.
-            save_checkpoint(last, trainer.tensors(), {"identity": identity, "run": asdict(run)})
-            logger.info("step %d of %d: loss %.3f, validation %s", run.step, config.steps, loss, validation)
+            if team.is_first:
+                if run.best_step == run.step:
+                    save_checkpoint(best, trainer.weights(), {"identity": identity, "step": run.step})
+                # `last` comes second: a run killed in between goes on before `best` and writes it again.
+                save_checkpoint(last, trainer.tensors(), {"identity": identity, "run": asdict(run)})
+                logger.info(
+                    "step %d of %d: loss %.3f, validation %s", run.step, config.steps, loss, validation
+                )
         if progress:
             progress(Progress(run.step, config.steps, loss, rate, validation))
-
+    # Only the first process validates, so only it knows which weights were the best.
+    run = team.agree(run)
     trainer.restore(best, run)
-    write_bytes_atomic(
-        output / "history.json", _json({"history": run.history, "validations": run.validations})
-    )
-    card = model_card(config, data, clip, foundation_id, run.validations, run.best_step)
-    folder = save_encoder(output / "encoder", clip, card)
-    for checkpoint in (last, best):
-        checkpoint.unlink(missing_ok=True)
-    return TrainResult(
-        folder=folder,
-        model_id=clip.fingerprint(),
-        history=run.history,
-        validations=run.validations,
-        best_step=run.best_step,
-        train_tiles=len(trainer.tiles),
-        train_photos=len(trainer.tiles.embedding_row),
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - started_cpu,
-        peak_memory_gb=peak_memory_gb(),
-        peak_device_memory_gb=torch.cuda.max_memory_allocated(device) / 2**30
-        if device.type == "cuda"
-        else None,
-    )
+    team.wait()
+    return run
+
+
+class _Features(nn.Module):
+    """f_S of a level as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, tower: nn.Module, level: str) -> None:
+        super().__init__()
+        self.tower = tower
+        self._encode = image_features if level == "image" else patch_features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self._encode(self.tower, pixels)
 
 
 class _Trainer:
     """A tower, its optimizer and its data; knows one step and one validation."""
 
-    def __init__(self, config: TrainConfig, clip: Clip, data: TrainingSet, device: torch.device) -> None:
-        self.config, self._clip, self._device = config, clip, device
+    def __init__(
+        self, config: TrainConfig, clip: Clip, data: TrainingSet, device: torch.device, team: Team
+    ) -> None:
+        self.config, self.team, self._clip, self._device = config, team, clip, device
         self._tower = clip.model.visual
         clip.model.requires_grad_(False)
         self._tower.requires_grad_(True)
+        self._features: nn.Module = _Features(self._tower, config.level)
+        if team.size > 1:
+            self._features = DistributedDataParallel(
+                self._features, device_ids=[device] if device.type == "cuda" else None
+            )
         self._optimizer = make_optimizer(
             self._tower.parameters(), config.learning_rate, config.weight_decay, config.betas
         )
@@ -295,9 +333,13 @@ class _Trainer:
             photos_per_tile=config.photos_per_tile,
             max_shift=config.max_shift,
             seed=config.seed,
+            rank=team.rank,
+            size=team.size,
         )
         seen = first_tiles(data.split("validation"), config.validation_tiles, config.seed)
         self._validation: Batch | None = None
+        if not team.is_first:
+            return
         if len(seen):
             self._validation = validation_batch(
                 seen,
@@ -332,13 +374,15 @@ class _Trainer:
         config = self.config
         rate = one_cycle(self._optimizer, step, config.steps, config.warmup_steps, config.learning_rate)
         self._tower.train()
-        loss = self._loss(self._queries(batch), batch)
-        check_finite(loss, step)
+        loss = self._loss(self._queries(self._features, batch), batch) * batch.share
+        total = self.team.sum(loss.detach())
+        check_finite(total, step)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # Gradients of several processes are averaged, but a batch's loss is the sum of their shares.
+        (loss * self.team.size).backward()
         torch.nn.utils.clip_grad_norm_(self._tower.parameters(), config.grad_clip)
         self._optimizer.step()
-        return loss.item(), rate
+        return total.item(), rate
 
     @torch.no_grad()
     def validate(self, run: _Run) -> Validation | None:
@@ -347,10 +391,16 @@ class _Trainer:
             run.best_step = run.step
             return None
         self._tower.eval()
-        batch = self._validation
-        queries = self._queries(batch)
+        config, batch = self.config, self._validation
+        # Not the distributed module: the other processes do not validate.
+        features = _Features(self._tower, config.level)
+        parts = [
+            self._queries(features, batch.part(slice(first, first + config.batch_tiles)))
+            for first in range(0, len(batch.chips), config.batch_tiles)
+        ]
+        queries = torch.cat(parts)
         loss = self._loss(queries, batch).item()
-        own_tile = np.arange(len(batch.chips)) if self.config.level == "image" else batch.tile_of_photo
+        own_tile = np.arange(len(batch.chips)) if config.level == "image" else batch.tile_of_photo
         has_photo = np.isin(own_tile, batch.tile_of_photo)
         recalls = recall(
             queries[torch.from_numpy(has_photo).to(self._device)],
@@ -365,27 +415,26 @@ class _Trainer:
             run.best_step, run.best_loss = run.step, loss
         return validation
 
-    def _queries(self, batch: Batch) -> Tensor:
+    def _queries(self, features: nn.Module, batch: Batch) -> Tensor:
         """Embeddings of the batch's tiles (B, D), or of its photos' pixels (P, D); float32."""
-        parts = []
-        for first in range(0, len(batch.chips), self.config.batch_tiles):
-            rows = slice(first, first + self.config.batch_tiles)
-            part = _rows_of(batch, rows)
-            chips = self._to_device(part.chips).permute(0, 3, 1, 2).float()
-            pixels = to_input(self._clip, part.crops.sample(chips))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                if self.config.level == "image":
-                    parts.append(image_features(self._tower, pixels).float())
-                else:
-                    patches = patch_features(self._tower, pixels).float()
-                    parts.append(at_pixels(patches, part.position, part.tile_of_photo, self._clip.image_px))
-        return torch.cat(parts)
+        chips = self._to_device(batch.chips).permute(0, 3, 1, 2).float()
+        pixels = to_input(self._clip, batch.crops.sample(chips))
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            encoded = features(pixels).float()
+        if self.config.level == "image":
+            return encoded
+        return at_pixels(encoded, batch.position, batch.tile_of_photo, self._clip.image_px)
 
     def _loss(self, queries: Tensor, batch: Batch) -> Tensor:
+        if not len(batch.photos):
+            # All photos left their crops: nothing to learn here, but the graph has to be there for the others.
+            return queries.sum() * 0.0
         photos, tile_of_photo = self._to_device(batch.photos), self._to_device(batch.tile_of_photo)
+        others = self._to_device(batch.others) if len(batch.others) else None
+        tau = self.config.temperature
         if self.config.level == "image":
-            return image_level_loss(queries, photos, tile_of_photo, self.config.temperature)
-        return pixel_level_loss(queries, photos, tile_of_photo, len(batch.chips), self.config.temperature)
+            return image_level_loss(queries, photos, tile_of_photo, tau, others)
+        return pixel_level_loss(queries, photos, tile_of_photo, len(batch.chips), tau, others)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -568,24 +617,6 @@ def peak_memory_gb() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _rows_of(batch: Batch, rows: slice) -> Batch:
-    """Part of a batch: some tiles and their photos, which lie in order of tiles."""
-    if rows.start == 0 and rows.stop >= len(batch.chips):
-        return batch
-    photos = slice(*np.searchsorted(batch.tile_of_photo, [rows.start, rows.stop]))
-    crops = type(batch.crops)(
-        batch.crops.matrix[rows], batch.crops.center[rows], batch.crops.chip_px, batch.crops.crop_px
-    )
-    return Batch(
-        batch.chips[rows],
-        crops,
-        batch.photos[photos],
-        batch.photo_row[photos],
-        batch.tile_of_photo[photos] - rows.start,
-        batch.position[photos],
-    )
-
-
 def _check_width(data: TrainingSet, clip: Clip) -> None:
     if data.embeddings.shape[1] != clip.embedding_width:
         raise DataError(
@@ -598,7 +629,3 @@ def _code_version() -> str:
     return code_version(
         *(f"training.{name}" for name in ("augment", "data", "encoders", "loop", "losses", "optimisation"))
     )
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()

@@ -9,7 +9,13 @@ from torch import Tensor
 from graft_pipeline.errors import InputError
 
 
-def image_level_loss(tiles: Tensor, photos: Tensor, tile_of_photo: Tensor, temperature: float) -> Tensor:
+def image_level_loss(
+    tiles: Tensor,
+    photos: Tensor,
+    tile_of_photo: Tensor,
+    temperature: float,
+    others: Tensor | None = None,
+) -> Tensor:
     """Eq. 2: a tile is close to all of its photos and far from every other photo of the batch.
 
     The outer mean is over tiles that have at least one photo, the inner mean over the tile's photos, and the
@@ -21,6 +27,7 @@ def image_level_loss(tiles: Tensor, photos: Tensor, tile_of_photo: Tensor, tempe
         photos: (P, D) float, L2-normalised, f_G of the photos; frozen, but gradients would flow.
         tile_of_photo: (P,) int64, row in `tiles` that each photo belongs to, in any order.
         temperature: tau.
+        others: (Q, D) float, photos of the batch whose tiles another process has: in denominators only.
 
     Returns:
         Scalar loss, natural logarithm.
@@ -29,13 +36,18 @@ def image_level_loss(tiles: Tensor, photos: Tensor, tile_of_photo: Tensor, tempe
         InputError: if the shapes do not fit or there is no photo.
     """
     _check(tiles, photos, tile_of_photo)
-    logits = tiles @ photos.T / temperature
+    logits = tiles @ _all(photos, others).T / temperature
     own = logits[tile_of_photo, torch.arange(len(photos), device=logits.device)]
     return _mean_over_tiles(logits.logsumexp(dim=1)[tile_of_photo] - own, tile_of_photo, len(tiles))
 
 
 def pixel_level_loss(
-    pixels: Tensor, photos: Tensor, tile_of_photo: Tensor, tile_count: int, temperature: float
+    pixels: Tensor,
+    photos: Tensor,
+    tile_of_photo: Tensor,
+    tile_count: int,
+    temperature: float,
+    others: Tensor | None = None,
 ) -> Tensor:
     """Eq. 3: the patch that a photo was taken in is close to it and far from every other photo of the batch.
 
@@ -48,6 +60,7 @@ def pixel_level_loss(
         tile_of_photo: (P,) int64, number of the tile that each photo belongs to, in any order.
         tile_count: one more than the largest number that `tile_of_photo` may hold.
         temperature: tau.
+        others: (Q, D) float, photos of the batch whose tiles another process has: in denominators only.
 
     Returns:
         Scalar loss, natural logarithm.
@@ -60,8 +73,12 @@ def pixel_level_loss(
             f"Pixels {tuple(pixels.shape)} and photos {tuple(photos.shape)} must be the same shape."
         )
     _check(pixels, photos, tile_of_photo)
-    logits = pixels @ photos.T / temperature
+    logits = pixels @ _all(photos, others).T / temperature
     return _mean_over_tiles(logits.logsumexp(dim=1) - logits.diagonal(), tile_of_photo, tile_count)
+
+
+def _all(photos: Tensor, others: Tensor | None) -> Tensor:
+    return photos if others is None else torch.cat([photos, others])
 
 
 def _mean_over_tiles(per_photo: Tensor, tile_of_photo: Tensor, tile_count: int) -> Tensor:

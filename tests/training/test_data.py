@@ -153,7 +153,22 @@ def test_a_folder_without_a_training_set_is_refused(tmp_path):
 def test_an_empty_split_is_refused_for_training(data):
     tiles = data.split("train")
     empty = type(tiles)(*(getattr(tiles, name)[:0] for name in tiles.__dataclass_fields__))
-    with pytest.raises(DataError, match="no tile"):
+    with pytest.raises(DataError, match="0 tiles for 1"):
         Batches(
             empty, None, data.embeddings, crop_px=16, batch_tiles=2, photos_per_tile=2, max_shift=0, seed=0
         )
+
+
+def test_processes_share_a_batch_without_loss(data):
+    whole = batches_of(data).draw(4)
+    parts = [batches_of(data, rank=rank, size=2).draw(4) for rank in range(2)]
+    np.testing.assert_array_equal(np.concatenate([part.chips for part in parts]), whole.chips)
+    np.testing.assert_array_equal(np.concatenate([part.photos for part in parts]), whole.photos)
+    np.testing.assert_array_equal(np.concatenate([part.position for part in parts]), whole.position)
+    np.testing.assert_array_equal(parts[0].others, parts[1].photos)
+    np.testing.assert_array_equal(parts[1].others, parts[0].photos)
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    assert whole.share == 1
+    assert whole.others.shape == (0, 32)
+    with pytest.raises(DataError, match="for 51 processes"):
+        batches_of(data, size=51)

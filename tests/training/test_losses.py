@@ -131,3 +131,24 @@ def test_shapes_that_do_not_fit_are_refused():
         image_level_loss(tiles[:, :3], photos, tile_of_photo, 0.07)
     with pytest.raises(InputError, match="needs a tile"):
         image_level_loss(tiles, photos[:0], tile_of_photo[:0], 0.07)
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(1, 5), min_size=2, max_size=6), cut=st.integers(1, 5))
+def test_shares_of_a_batch_add_up_to_the_whole(counts, cut):
+    # What two processes compute: own tiles as queries, all photos in the denominators.
+    tiles, pixels, photos, tile_of_photo = batch(counts)
+    cut = min(cut, len(counts) - 1)
+    image_parts, pixel_parts = 0.0, 0.0
+    for rows in (slice(0, cut), slice(cut, len(counts))):
+        own = (tile_of_photo >= rows.start) & (tile_of_photo < rows.stop)
+        share = len(counts[rows]) / len(counts)
+        owner = tile_of_photo[own] - rows.start
+        arguments = photos[own], owner
+        image_parts += share * image_level_loss(tiles[rows], *arguments, 0.07, photos[~own])
+        pixel_parts += share * pixel_level_loss(
+            pixels[own], *arguments, len(counts[rows]), 0.07, photos[~own]
+        )
+    torch.testing.assert_close(image_parts, image_level_loss(tiles, photos, tile_of_photo, 0.07))
+    whole = pixel_level_loss(pixels, photos, tile_of_photo, len(counts), 0.07)
+    torch.testing.assert_close(pixel_parts, whole)
