@@ -5,6 +5,7 @@ Only arguments are handled here; the work is in loop.py and foundation.py.
 
 import csv
 import logging
+import os
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -61,7 +62,7 @@ def encoder(
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
     seed: int = 0,
 ) -> None:
-    """Train a satellite encoder on a training set; goes on where a killed run stopped."""
+    """Train a satellite encoder on a training set; goes on where a killed run stopped; also under torchrun."""
     from graft_pipeline.settings import load_settings
     from training.loop import Progress, train
     from training.recipes import RECIPES
@@ -83,6 +84,9 @@ def encoder(
             logging.getLogger("training").debug("%s", progress)
 
     result = train(config, UPath(training_set), UPath(root), UPath(output), report)
+    if os.environ.get("RANK", "0") != "0":
+        # One of several processes of torchrun; the first speaks for all.
+        return
     best = [row for row in result.validations if row["step"] == result.best_step]
     console = Console()
     console.print(
@@ -96,7 +100,7 @@ def encoder(
 def foundation(
     captions: Annotated[Path, typer.Argument(help="CSV with columns `file` (relative to it) and `caption`.")],
     output: Annotated[str, typer.Argument(help="open_clip folder to write.")],
-    steps: int = 250,
+    steps: int = 200,
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
 ) -> None:

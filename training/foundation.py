@@ -14,6 +14,7 @@ import open_clip
 import torch
 import torch.nn.functional as F  # noqa: N812 -- PyTorch's own idiom
 from numpy.typing import NDArray
+from open_clip.transformer import PatchDropout
 from PIL import Image
 from torch import Tensor
 from upath import UPath
@@ -44,7 +45,9 @@ class FoundationConfig:
         warmup_steps: steps of linear warm-up before the cosine.
         weight_decay: of AdamW, on matrices.
         grad_clip: largest gradient norm.
-        seed: seed of weights, order and flips.
+        patch_dropout: share of an image's patches that a step leaves out (Li et al., 2023, FLIP): a third less
+            time at the same accuracy. The saved model leaves none out.
+        seed: seed of weights, order, flips and dropped patches.
     """
 
     image_px: int = 64
@@ -54,12 +57,13 @@ class FoundationConfig:
     vision_layers: int = 3
     text_layers: int = 2
     context: int = 24
-    steps: int = 250
+    steps: int = 200
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 20
     weight_decay: float = 0.05
     grad_clip: float = 1.0
+    patch_dropout: float = 0.5
     seed: int = 0
 
     def model_config(self) -> dict[str, Any]:
@@ -134,6 +138,8 @@ def train_foundation(
         torch.set_num_threads(threads)
     clip = new_clip(config)
     model = clip.model.train()
+    if config.patch_dropout:
+        model.visual.patch_dropout = PatchDropout(config.patch_dropout)
     pixels = torch.from_numpy(square_images(images, config.image_px)).permute(0, 3, 1, 2)
     unique, caption_of_image = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
     tokens = clip.tokenize(unique.tolist())
@@ -148,7 +154,9 @@ def train_foundation(
         batch = pixels[chosen].float()
         is_flipped = np.random.default_rng([config.seed, 1, step]).random(len(chosen)) < 0.5
         batch[is_flipped] = batch[is_flipped].flip(-1)
-        image = model.encode_image(to_input(clip, batch), normalize=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng([config.seed, 2, step]).integers(2**31)))
+            image = model.encode_image(to_input(clip, batch), normalize=True)
         text = _encode_captions(model, tokens, caption_of_image[chosen])
         loss = clip_loss(image, text, model.logit_scale)
         check_finite(loss, step)
@@ -164,6 +172,7 @@ def train_foundation(
         if progress:
             progress(step + 1, config.steps)
     model.eval()
+    model.visual.patch_dropout = torch.nn.Identity()
     logger.info("foundation model: loss %.3f after %d steps", losses[-1], config.steps)
     return FoundationResult(save_encoder(folder, clip), tuple(losses), clip.fingerprint())
 
