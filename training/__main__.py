@@ -21,7 +21,12 @@ from upath import UPath
 
 from graft_pipeline.errors import GraftError, InputError
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Train satellite encoders, and small CLIPs for them, from files and without Dagster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
 
 
 class Level(StrEnum):
@@ -64,12 +69,13 @@ def encoder(
 ) -> None:
     """Train a satellite encoder on a training set; goes on where a killed run stopped; also under torchrun."""
     from graft_pipeline.settings import load_settings
-    from training.loop import Progress, train
-    from training.recipes import RECIPES
 
     sensors = load_settings().sensor_records
     if sensor not in sensors:
         raise InputError(f"No sensor {sensor!r}: use one of {', '.join(sensors)}.")
+    from training.loop import Progress, train
+    from training.recipes import RECIPES
+
     config = RECIPES[recipe].encoder(level.value, sensors[sensor], architecture, pretrained or None, seed)
     given = {"steps": steps, "batch_tiles": batch_tiles, "learning_rate": learning_rate}
     config = replace(
