@@ -31,8 +31,8 @@ from graft_pipeline import automation
 from graft_pipeline.errors import GraftError
 from graft_pipeline.progress import Report
 
-#: Land of the demo in every planet: 8 regions of a quarter degree, within one UTM zone.
-AREA = {"west": -71.5, "south": 42.0, "east": -70.5, "north": 42.5}
+#: Land of the demo in every planet: 4 regions of a quarter degree, within one UTM zone.
+AREA = {"west": -71.5, "south": 42.0, "east": -71.0, "north": 42.5}
 #: Land that is only ever evaluated on, more than 50 km away.
 BENCHMARK_BOUNDS = (-71.0, 43.0, -70.0, 43.75)
 #: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes.
@@ -108,10 +108,8 @@ def demo_environment(folder: Path, seed: int, *, is_small: bool) -> dict[str, st
         "GRAFT_GRID_DEG": "0.25",
         "GRAFT_SEED": str(seed),
         "GRAFT_PLANET__SEED": str(seed),
-        "GRAFT_SEARCH_LOCATIONS_PER_REGION": "40",
+        "GRAFT_SEARCH_LOCATIONS_PER_REGION": "4" if is_small else "40",
         "GRAFT_SEARCH_RADIUS_KM": "4",
-        "GRAFT_FLICKR_CALLS_PER_HOUR": "3600000",
-        "GRAFT_EE_REQUESTS_PER_SECOND": "1000",
         "GRAFT_BENCHMARK_BOUNDS": json.dumps(BENCHMARK_BOUNDS),
         "GRAFT_RECIPE": "smoke" if is_small else "planet",
     }
@@ -123,7 +121,7 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     Args:
         folder: the demo's folder; an earlier demo in it is removed.
         seed: planet.
-        is_small: two regions instead of eight.
+        is_small: two regions and few search locations.
 
     Returns:
         The deployment's environment variables.
@@ -141,7 +139,7 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     shutil.copyfile(source, home / "dagster.yaml")
     environment = demo_environment(folder, seed, is_small=is_small)
     (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
-    east, north = (-71.0, 42.25) if is_small else (AREA["east"], AREA["north"])
+    east, north = AREA["east"], 42.25 if is_small else AREA["north"]
     # Half a region's border inside, so that the corners touch no other region.
     west, south, east, north = AREA["west"] + 0.01, AREA["south"] + 0.01, east - 0.01, north - 0.01
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
