@@ -375,6 +375,9 @@ class _Session:
                 self._changed.notify_all()
 
     def _initialise(self, ee: Any, target: _Target, count: Callable[[], None]) -> None:
+        # Loaded by one thread: several that load it together read codes before it has found PROJ's data.
+        import rasterio.crs  # noqa: F401
+
         self._target, self._failure = None, None
         if self._transport is not None:
             self._transport.close()

@@ -8,7 +8,6 @@ import base64
 import binascii
 import io
 import json
-import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from http import HTTPStatus
@@ -16,6 +15,12 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
+
+# Here, not where it is used: threads that load rasterio together parse codes before it has found PROJ's data.
+import rasterio
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.io import MemoryFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -185,8 +190,6 @@ class EarthEngineApi:
         return [scene for scene in self._catalog.touching(collection, wanted.region) if wanted.accepts(scene)]
 
     def _get_pixels(self, asset_id: str, body: bytes) -> Response:
-        from rasterio.errors import CRSError
-
         try:
             wanted = json.loads(body or b"{}")
         except ValueError as error:
@@ -345,9 +348,6 @@ def _encoded(file_format: str, pixels: list[np.ndarray], names: list[str], grid:
 
 def _geotiff(pixels: list[np.ndarray], grid: PixelGrid) -> bytes:
     """An uncompressed GeoTIFF: encoding costs a millisecond a chip, and loopback has bandwidth to spare."""
-    import rasterio
-    from rasterio.io import MemoryFile
-
     stack = (
         np.stack(pixels)
         if len({band.dtype for band in pixels}) == 1
@@ -368,16 +368,9 @@ def _geotiff(pixels: list[np.ndarray], grid: PixelGrid) -> bytes:
         return bytes(memory.getbuffer())
 
 
-_CRS_LOCK = threading.Lock()
-
-
 @lru_cache(maxsize=256)
-def _crs(code: str) -> Any:
-    # One at a time: threads that import rasterio for the first time together look for PROJ's data too early.
-    with _CRS_LOCK:
-        from rasterio.crs import CRS
-
-        return CRS.from_user_input(code)
+def _crs(code: str) -> CRS:
+    return CRS.from_user_input(code)
 
 
 def discovery_document(root_url: str) -> dict[str, Any]:
