@@ -223,7 +223,9 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, title: str, ylabel: str) 
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
     axes.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, list(groups))
     axes.set(title=title, ylabel=ylabel)
-    axes.legend(fontsize=8)
+    # Room for the legend above the bars.
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.legend(fontsize=8, loc="upper center", ncols=len(contenders))
     return _png(figure)
 
 

@@ -25,7 +25,9 @@ PATIENCE_MS = 120_000
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo of two regions, run by the command line."""
+    """A demo of two regions, run by the command line; or the one that GRAFT_DEMO_FOLDER names."""
+    if made := os.environ.get("GRAFT_DEMO_FOLDER"):
+        return Path(made).resolve()
     folder = tmp_path_factory.mktemp("browser") / "demo"
     command = [sys.executable, "-m", "graft_pipeline.cli", "demo", "--small", "--folder", str(folder)]
     done = subprocess.run(
@@ -105,12 +107,19 @@ def test_the_asset_graph_shows_every_group(ui: str, page: Any) -> None:
     page.goto(f"{ui}/asset-groups")
     for name in ("ground", "naip", "sentinel2", "areas", "sources"):
         page.get_by_text(name, exact=True).first.wait_for()
+    # Option-E expands all groups.
+    page.keyboard.press("Alt+e")
+    for name in ("flickr_photos", "outdoor_photos", "training_set", "zero_shot_scores"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    page.get_by_text("fetching statuses").first.wait_for(state="hidden")
     shot(page, "asset_graph")
 
 
-def test_a_region_partition_shows_its_preview(ui: str, page: Any) -> None:
-    page.goto(f"{ui}/assets/naip/pairs?view=partitions&partition=N42.00W071.50")
-    page.get_by_text("N42.00W071.50").first.wait_for()
+def test_a_region_partition_shows_its_preview(ui: str, page: Any, demo_folder: Path) -> None:
+    pairs = demo_folder / "data" / "pairs" / "sensor=naip"
+    region = min(folder.name.removeprefix("region=") for folder in pairs.iterdir())
+    page.goto(f"{ui}/assets/naip/pairs?view=partitions&partition={region}")
+    page.get_by_text(region).first.wait_for()
     page.get_by_text("dagster/row_count").first.wait_for()
     page.get_by_text(re.compile("Show Markdown", re.IGNORECASE)).first.click()
     page.locator("img[src^='data:image/']").first.wait_for()
