@@ -51,6 +51,13 @@ class FlickrPhotosConfig(dg.Config):
     full_refresh: bool = False
 
 
+class FetchConfig(dg.Config):
+    """What a single run may ask of `ground_images` and `chips`."""
+
+    #: Try failed rows again today, whatever the day in their `retry_on`.
+    retry_now: bool = False
+
+
 @ground_asset(
     schemas.SEARCH_LOCATIONS, deps=["regions"], code_version=code_version(sampling), kinds={"parquet"}
 )
@@ -122,12 +129,13 @@ def flickr_photos(
 )
 def ground_images_asset(
     context: dg.AssetExecutionContext,
+    config: FetchConfig,
     world: dg.ResourceParam[Settings],
     storage: dg.ResourceParam[Storage],
     images: dg.ResourceParam[ImageFetcher],
     progress: dg.ResourceParam[Progress],
 ) -> dg.MaterializeResult:
-    """Images of the usable photos in tar shards, verified, near-duplicates marked; failures are rows, tried again."""
+    """Images of the usable photos in tar shards, verified, near-duplicates marked; failures are rows, tried later."""
     key = context.partition_key
     table, changed = ground_images.update(
         storage.read(schemas.FLICKR_PHOTOS, region=key),
@@ -135,6 +143,8 @@ def ground_images_asset(
         images.fetch,
         concurrency=images.concurrency,
         max_attempts=world.max_attempts,
+        today=datetime.now(UTC).date(),
+        retry_now=config.retry_now,
         progress=progress.task(f"{key} ground images"),
     )
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)

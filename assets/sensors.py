@@ -3,10 +3,13 @@
 Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; Earth Engine's client in resources.
 """
 
+from datetime import UTC, datetime
+
 import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from assets.ground import FetchConfig
 from assets.reporting import (
     OWNERS,
     RETRY,
@@ -156,6 +159,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     )
     def chips_asset(
         context: dg.AssetExecutionContext,
+        config: FetchConfig,
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
         earth_engine: dg.ResourceParam[EarthEngine],
@@ -176,6 +180,8 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             earth_engine.get_chip,
             concurrency=earth_engine.concurrency,
             max_attempts=world.max_attempts,
+            today=datetime.now(UTC).date(),
+            retry_now=config.retry_now,
             progress=progress.task(f"{context.partition_key} {sensor.name} chips"),
         )
         findings = [

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import DataError, ItemError
-from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, sample_rows
+from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retry_day, sample_rows
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table
@@ -168,13 +168,17 @@ def fetch_chips(
     max_attempts: int,
     shard_size: int = 500,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    today: date,
+    retry_now: bool = False,
 ) -> pa.Table:
     """Fetch the chips that a region's tiles do not have yet, and store them.
 
     A tile's candidate scenes are asked in their order. One with missing pixels there, or that cannot serve it
     for good, gives way to the next. `failed`, to be tried again: `no_scene` (none contains the chip; costs
-    nothing and counts as no attempt), `nodata` (each has missing pixels), or a passing failure's own reason.
-    `rejected`: every scene refused for good.
+    nothing, counts as no attempt, and is looked at each time), `nodata` (each has missing pixels), or a
+    passing failure's own reason; these wait for the day in `retry_on`. `rejected`: every scene refused for
+    good.
 
     Args:
         tiles: TILES rows of the region.
@@ -189,6 +193,8 @@ def fetch_chips(
         max_attempts: tries before a tile is left alone.
         shard_size: tiles after which a shard and the index are written.
         progress: called with (done, total).
+        today: UTC day; failed rows say on which they are tried again.
+        retry_now: try failed rows again whatever their day.
 
     Returns:
         CHIPS rows of all these tiles, sorted by tile_id.
@@ -208,6 +214,8 @@ def fetch_chips(
         max_attempts,
         shard_size,
         progress,
+        today,
+        retry_now,
     )[0]
 
 
@@ -221,6 +229,8 @@ def update(
     *,
     concurrency: int,
     max_attempts: int,
+    today: date,
+    retry_now: bool = False,
     shard_size: int = 500,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
@@ -235,6 +245,8 @@ def update(
         fetch: see there.
         concurrency: see there.
         max_attempts: see there.
+        today: see there.
+        retry_now: see there.
         shard_size: see there.
         progress: see there.
 
@@ -254,6 +266,8 @@ def update(
         max_attempts,
         shard_size,
         progress,
+        today,
+        retry_now,
     )
 
 
@@ -290,11 +304,15 @@ def _fetch(
     max_attempts: int,
     shard_size: int,
     progress: Callable[[int, int], None] | None,
+    today: date,
+    retry_now: bool,
 ) -> tuple[pa.Table, bool]:
     known = CHIPS.empty() if existing is None else existing
     valid = _of_same_grid(known, tiles)
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
-    todo, attempts = pending_rows(ordered.select(["tile_id"]), valid, "tile_id", max_attempts)
+    todo, attempts = pending_rows(
+        ordered.select(["tile_id"]), valid, "tile_id", max_attempts, today, retry_now=retry_now
+    )
     wanted = ordered.filter(
         pc.is_in(ordered["tile_id"], pa.array([row["tile_id"] for row in todo], pa.string()))
     )
@@ -322,6 +340,8 @@ def _fetch(
                 "reason": result.reason,
                 "scenes_tried": result.scenes_tried,
             }
+            if result.status == "failed":
+                row["retry_on"] = retry_day(row["attempts"], today)
             if result.scene_id is not None:
                 scene = listed[result.scene_id]
                 row |= {name: scene[name] for name in ("scene_id", "acquired_at_utc", "cloud_pct")}

@@ -6,6 +6,7 @@ What is fetched and what a failure means is decided in chips.py and ground_image
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+#: Longest time that a failed row is left in peace, days.
+MAX_BACK_OFF_DAYS = 32
 
 
 def ordered_map(
@@ -145,23 +149,38 @@ class StoredItems:
         self.flush()
 
 
+def retry_day(attempts: int, today: date) -> date:
+    """When a failed item is tried again: 1, 2, 4, 8 ... days after its first, second ... attempt.
+
+    Args:
+        attempts: how often it was tried, today's included.
+        today: UTC day.
+
+    Returns:
+        The UTC day, at most MAX_BACK_OFF_DAYS from today.
+    """
+    return today + timedelta(days=min(2 ** (attempts - 1), MAX_BACK_OFF_DAYS))
+
+
 def pending_rows(
-    items: pa.Table, known: pa.Table, key: str, max_attempts: int
+    items: pa.Table, known: pa.Table, key: str, max_attempts: int, today: date, *, retry_now: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Which items are to be fetched: those without a row, and failed ones below the limit.
+    """Which items are to be fetched: those without a row, and failed ones below the limit whose day has come.
 
     Args:
         items: what there is to fetch.
-        known: index rows with the columns `status` and `attempts`.
+        known: index rows with the columns `status`, `attempts` and `retry_on`.
         key: the column that identifies both.
         max_attempts: tries before an item is left alone.
+        today: UTC day. A failed row without `retry_on` waits for none.
+        retry_now: do not wait for any day.
 
     Returns:
         The items in their order, and how often each failed one was tried.
     """
-    again = known.filter(
-        pc.and_(pc.equal(known["status"], "failed"), pc.less(known["attempts"], max_attempts))
-    )
+    failed = pc.and_(pc.equal(known["status"], "failed"), pc.less(known["attempts"], max_attempts))
+    is_due = pc.fill_null(pc.less_equal(known["retry_on"], pa.scalar(today, pa.date32())), True)
+    again = known.filter(failed if retry_now else pc.and_(failed, is_due))
     is_known = pc.is_in(items[key], known[key].combine_chunks())
     is_again = pc.is_in(items[key], again[key].combine_chunks())
     todo = items.filter(pc.or_(pc.invert(is_known), is_again)).to_pylist()

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import ItemError
-from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, sample_rows
+from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retry_day, sample_rows
 from graft_pipeline.manifests import read_table
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
 from graft_pipeline.shards import read_member
@@ -62,11 +63,15 @@ def fetch_images(
     max_attempts: int,
     shard_size: int = 1000,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    today: date,
+    retry_now: bool = False,
 ) -> pa.Table:
     """Fetch the images that a region does not have yet, and store them.
 
-    Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times, in
-    the order (uploaded_at, photo_id). An image nearly equal to one that is kept is rejected and not stored.
+    Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times and
+    whose day to be tried again has come, in the order (uploaded_at, photo_id). An image nearly equal to one
+    that is kept is rejected and not stored.
 
     Args:
         photos: FLICKR_PHOTOS rows of the region.
@@ -77,6 +82,8 @@ def fetch_images(
         max_attempts: tries before a photo is left alone.
         shard_size: photos after which a shard and the index are written.
         progress: called with (done, total).
+        today: UTC day; failed rows say on which they are tried again.
+        retry_now: try failed rows again whatever their day.
 
     Returns:
         All GROUND_IMAGES rows of the region, sorted by photo_id.
@@ -84,7 +91,9 @@ def fetch_images(
     Raises:
         GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
     """
-    return _fetch(photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress)[0]
+    return _fetch(
+        photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress, today, retry_now
+    )[0]
 
 
 def update(
@@ -94,6 +103,8 @@ def update(
     *,
     concurrency: int,
     max_attempts: int,
+    today: date,
+    retry_now: bool = False,
     shard_size: int = 1000,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
@@ -105,6 +116,8 @@ def update(
         fetch: see there.
         concurrency: see there.
         max_attempts: see there.
+        today: see there.
+        retry_now: see there.
         shard_size: see there.
         progress: see there.
 
@@ -112,7 +125,9 @@ def update(
         All rows, and whether any file changed.
     """
     existing = read_table(folder / f"{GROUND_IMAGES.name}.parquet", GROUND_IMAGES)
-    return _fetch(photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress)
+    return _fetch(
+        photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress, today, retry_now
+    )
 
 
 def _fetch(
@@ -124,11 +139,15 @@ def _fetch(
     max_attempts: int,
     shard_size: int,
     progress: Callable[[int, int], None] | None,
+    today: date,
+    retry_now: bool,
 ) -> tuple[pa.Table, bool]:
     known = GROUND_IMAGES.empty() if existing is None else existing
     usable = photos.filter(pc.equal(photos["status"], "ok"))
     usable = usable.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order])
-    todo, attempts = pending_rows(usable.select(["photo_id", "image_url"]), known, "photo_id", max_attempts)
+    todo, attempts = pending_rows(
+        usable.select(["photo_id", "image_url"]), known, "photo_id", max_attempts, today, retry_now=retry_now
+    )
 
     def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
         try:
@@ -146,8 +165,11 @@ def _fetch(
             photo_id = photo["photo_id"]
             row: dict[str, Any] = {"photo_id": photo_id, "attempts": attempts.get(photo_id, 0) + 1}
             if isinstance(result, ItemError):
-                status = "rejected" if result.is_permanent else "failed"
-                store.add({**row, "status": status, "reason": result.reason})
+                if result.is_permanent:
+                    row["status"] = "rejected"
+                else:
+                    row |= {"status": "failed", "retry_on": retry_day(row["attempts"], today)}
+                store.add({**row, "reason": result.reason})
             else:
                 row |= {"width_px": result.width_px, "height_px": result.height_px, "phash": result.phash}
                 twin = seen.find(result.phash)

@@ -12,7 +12,7 @@ UTC = pa.timestamp("ms", tz="UTC")
 LOCAL = pa.timestamp("ms")
 
 #: Values of every `status` column. `ok`: usable. `rejected`: a rule excludes it, for good. `failed`: could not be
-#: had; tried again on the next materialisation up to a limit. `pending` never reaches a file.
+#: had; tried again by later materialisations up to a limit. `pending` never reaches a file.
 STATUSES = ("ok", "rejected", "failed")
 
 
@@ -60,6 +60,9 @@ _LAT = _column("lat_deg", pa.float64(), "latitude of the geotag, EPSG:4326")
 _STATUS = _column("status", pa.string(), "ok, rejected (by a rule, for good) or failed (tried again)")
 _REASON = _column("reason", pa.string(), "why the row is not ok", nullable=True)
 _ATTEMPTS = _column("attempts", pa.int16(), "how often it was tried")
+_RETRY_ON = _column(
+    "retry_on", pa.date32(), "UTC day before which a failed row is not tried again", nullable=True
+)
 
 
 def _stored_item(what: str) -> list[pa.Field]:
@@ -145,6 +148,7 @@ GROUND_IMAGES = _dataset(
         _STATUS,
         _REASON,
         _ATTEMPTS,
+        _RETRY_ON,
         _column("width_px", pa.int32(), "width as stored", nullable=True),
         _column("height_px", pa.int32(), "height as stored", nullable=True),
         _column("phash", pa.string(), "64-bit perceptual hash, hexadecimal", nullable=True),
@@ -221,6 +225,7 @@ CHIPS = _dataset(
         _STATUS,
         _REASON,
         _ATTEMPTS,
+        _RETRY_ON,
         _column("scene_id", pa.string(), "scene the pixels come from", nullable=True),
         _column("acquired_at_utc", UTC, "when that scene was acquired", nullable=True),
         _column("cloud_pct", pa.float64(), "cloud percentage of that scene", nullable=True),

@@ -1,7 +1,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def tiles(photos: pa.Table) -> pa.Table:
     return sampling.sample_tiles(photos, REGION, SMALL, None)
 
 
-FEW = {"concurrency": 4, "max_attempts": 3, "shard_size": 10}
+TODAY = date(2024, 2, 28)
+FEW = {"concurrency": 4, "max_attempts": 3, "shard_size": 10, "today": TODAY}
 
 
 def row_of(table: pa.Table, tile_id: str) -> dict[str, Any]:
@@ -127,7 +128,17 @@ def test_results_do_not_depend_on_threads(
     for concurrency in (1, 16):
         folder = UPath(tmp_path / str(concurrency))
         chips.fetch_chips(
-            tiles, scene_table("A"), photos, None, SMALL, folder, Imagery().fetch, concurrency, 3, 10
+            tiles,
+            scene_table("A"),
+            photos,
+            None,
+            SMALL,
+            folder,
+            Imagery().fetch,
+            concurrency,
+            3,
+            10,
+            today=TODAY,
         )
         trees.append({Path(name).name: content for name, content in snapshot_of(folder).items()})
     assert trees[0] == trees[1]
@@ -161,9 +172,11 @@ def test_failures_are_rows_and_passing_ones_are_tried_again(
 ) -> None:
     imagery = Imagery()
     imagery.answers = {"A": ItemError("too_bad", "It is bad.", is_permanent=is_permanent)}
-    for _ in range(5):
+    # Days 1 and 3 are those on which the rows are due; the others come too early, or after the last attempt.
+    for later in (0, 0, 1, 2, 3, 90):
+        day = {**FEW, "today": TODAY + timedelta(days=later)}
         table, changed = chips.update(
-            tiles, scene_table("A"), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW
+            tiles, scene_table("A"), photos, SMALL, UPath(tmp_path), imagery.fetch, **day
         )
     assert not changed
     row = row_of(table, tiles["tile_id"][0].as_py())
@@ -178,10 +191,16 @@ def test_a_passing_failure_does_not_change_the_scene(
     imagery.answers = {"A": ItemError("timeout", "It timed out.", is_permanent=False)}
     table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
     assert set(table["status"].to_pylist()) == {"failed"}
+    assert set(table["retry_on"].to_pylist()) == {TODAY + timedelta(days=1)}
     imagery.answers = {}
-    table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    again, changed = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert (again.equals(table), changed) == (True, False)
+    table, _ = chips.update(
+        tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW, retry_now=True
+    )
     assert set(table["scene_id"].to_pylist()) == {"A"}
     assert set(table["attempts"].to_pylist()) == {2}
+    assert set(table["retry_on"].to_pylist()) == {None}
 
 
 def test_without_a_scene_nothing_is_asked_until_there_is_one(
@@ -195,6 +214,7 @@ def test_without_a_scene_nothing_is_asked_until_there_is_one(
     assert set(zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)) == {
         ("failed", "no_scene")
     }
+    assert set(table["retry_on"].to_pylist()) == {None}
     assert not changed
     assert not imagery.asked
     table, _ = chips.update(tiles, scene_table("A"), photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)

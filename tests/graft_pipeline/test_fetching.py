@@ -1,11 +1,13 @@
 import threading
 import time
 from contextlib import closing
+from datetime import date
 
+import pyarrow as pa
 import pytest
 
 from graft_pipeline.errors import ServiceError
-from graft_pipeline.fetching import ordered_map
+from graft_pipeline.fetching import MAX_BACK_OFF_DAYS, ordered_map, pending_rows, retry_day
 
 
 def test_results_come_in_order_whatever_the_timing() -> None:
@@ -52,3 +54,27 @@ def test_an_error_comes_at_its_turn_and_stops_the_rest() -> None:
         next(results)
     assert len(begun) < 100
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
+
+
+def test_failed_items_wait_longer_each_time() -> None:
+    today = date(2023, 12, 31)
+    waits = [(retry_day(attempts, today) - today).days for attempts in (1, 2, 3, 4)]
+    assert waits == [1, 2, 4, 8]
+    assert (retry_day(1000, today) - today).days == MAX_BACK_OFF_DAYS
+
+
+def test_items_are_due_on_their_day() -> None:
+    items = pa.table({"item_id": ["new", "ok", "due", "early", "any_day", "given_up"]})
+    known = pa.table(
+        {
+            "item_id": ["ok", "due", "early", "any_day", "given_up"],
+            "status": ["ok", "failed", "failed", "failed", "failed"],
+            "attempts": pa.array([1, 1, 2, 0, 3], pa.int16()),
+            "retry_on": pa.array([None, date(2024, 3, 1), date(2024, 3, 2), None, date(2024, 1, 1)]),
+        }
+    )
+    todo, attempts = pending_rows(items, known, "item_id", 3, date(2024, 3, 1))
+    assert [row["item_id"] for row in todo] == ["new", "due", "any_day"]
+    assert attempts == {"due": 1, "any_day": 0}
+    todo, _ = pending_rows(items, known, "item_id", 3, date(2024, 3, 1), retry_now=True)
+    assert [row["item_id"] for row in todo] == ["new", "due", "early", "any_day"]

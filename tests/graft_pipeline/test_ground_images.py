@@ -5,6 +5,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from graft_pipeline.manifests import conform, read_table, write_table
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
 from graft_pipeline.shards import read_member
 
-FEW = {"concurrency": 4, "max_attempts": 3, "shard_size": 10}
+TODAY = date(2024, 2, 28)
+FEW = {"concurrency": 4, "max_attempts": 3, "shard_size": 10, "today": TODAY}
 
 
 def phash(number: int) -> str:
@@ -83,7 +85,7 @@ def test_results_do_not_depend_on_threads(tmp_path: Path, photos: pa.Table, snap
     trees = []
     for concurrency in (1, 16):
         folder = UPath(tmp_path / str(concurrency))
-        fetch_images(photos, None, folder, Host().fetch, concurrency, 3, 10)
+        fetch_images(photos, None, folder, Host().fetch, concurrency, 3, 10, today=TODAY)
         trees.append({Path(name).name: content for name, content in snapshot_of(folder).items()})
     assert trees[0] == trees[1]
 
@@ -96,21 +98,20 @@ def test_failures_are_rows_and_are_tried_again_up_to_the_limit(tmp_path: Path, p
             "1004": ItemError("not_an_image", "It is a page.", is_permanent=True),
         }
     )
-    for attempt in (1, 2, 3):
-        table, changed = ground_images.update(photos, folder, host.fetch, **FEW)
+    columns = ("status", "reason", "attempts", "retry_on")
+    day = TODAY
+    for attempt, wait_days in ((1, 1), (2, 2), (3, 4)):
+        table, changed = ground_images.update(photos, folder, host.fetch, **{**FEW, "today": day})
         assert changed
         rows = {row["photo_id"]: row for row in table.to_pylist()}
-        assert [rows["1003"][name] for name in ("status", "reason", "attempts")] == [
-            "failed",
-            "timeout",
-            attempt,
-        ]
-        assert [rows["1004"][name] for name in ("status", "reason", "attempts")] == [
-            "rejected",
-            "not_an_image",
-            1,
-        ]
-    _, changed = ground_images.update(photos, folder, host.fetch, **FEW)
+        due = day + timedelta(days=wait_days)
+        assert [rows["1003"][name] for name in columns] == ["failed", "timeout", attempt, due]
+        assert [rows["1004"][name] for name in columns] == ["rejected", "not_an_image", 1, None]
+        early = {**FEW, "today": due - timedelta(days=1)}
+        again, changed = ground_images.update(photos, folder, host.fetch, **early)
+        assert (again.equals(table), changed, host.asked["1003"]) == (True, False, attempt)
+        day = due
+    _, changed = ground_images.update(photos, folder, host.fetch, **{**FEW, "today": day})
     assert not changed
     assert host.asked["1003"] == 3
     assert host.asked["1004"] == 1
@@ -121,14 +122,10 @@ def test_a_failure_that_passes_is_repaired(tmp_path: Path, photos: pa.Table) -> 
     host = Host({"1003": ItemError("timeout", "It timed out.", is_permanent=False)})
     ground_images.update(photos, folder, host.fetch, **FEW)
     host.faults.clear()
-    table, _ = ground_images.update(photos, folder, host.fetch, **FEW)
+    table, _ = ground_images.update(photos, folder, host.fetch, **FEW, retry_now=True)
     (row,) = [row for row in table.to_pylist() if row["photo_id"] == "1003"]
-    assert (row["status"], row["reason"], row["attempts"], row["shard"]) == (
-        "ok",
-        None,
-        2,
-        "images-00004.tar",
-    )
+    columns = ("status", "reason", "attempts", "retry_on", "shard")
+    assert [row[name] for name in columns] == ["ok", None, 2, None, "images-00004.tar"]
     assert len(stored(folder, table)) == 35
 
 
@@ -173,7 +170,7 @@ def fetch_until_killed(folder: UPath, photos: pa.Table, limit: int) -> None:
             os._exit(9)
         return host.fetch(url)
 
-    ground_images.update(photos, folder, fetch, concurrency=2, max_attempts=3, shard_size=4)
+    ground_images.update(photos, folder, fetch, concurrency=2, max_attempts=3, shard_size=4, today=TODAY)
 
 
 def test_a_killed_process_leaves_nothing_broken(tmp_path: Path, photos: pa.Table) -> None:
