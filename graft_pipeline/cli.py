@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error of ours with its message on stderr, 2 wrong usage
 """
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,10 @@ def planet_serve(
     fault_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Share of requests that end in a fault.")
     ] = 0.0,
+    now: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="Its present, UTC: what comes later does not exist yet."),
+    ] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,7 +112,15 @@ def planet_serve(
         if not separator or not file:
             raise typer.BadParameter(f"{entry!r}: write SENSOR=FILE.tif, such as naip=scene.tif")
         mounts.setdefault(collections.get(sensor, sensor), []).append(file)
-    serve(seed=seed, port=port, latency_ms=latency_ms, quota=quota, fault_rate=fault_rate, mounts=mounts)
+    serve(
+        seed=seed,
+        port=port,
+        latency_ms=latency_ms,
+        quota=quota,
+        fault_rate=fault_rate,
+        mounts=mounts,
+        now=now,
+    )
 
 
 @areas_app.command("add")
@@ -184,6 +197,77 @@ def query(
             columns,
             [list(r) for r in rows],
         )
+
+
+@app.command()
+def segment(
+    raster: Annotated[
+        Path, typer.Argument(help="Any raster that GDAL opens, with red, green and blue bands.")
+    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(help='Classes in words: "farmland" "a baseball field".')
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoTIFF of classes to write.")] = Path(
+        "map.tif"
+    ),
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Instead of words: planet, eurosat, or a JSON file of classes and templates."),
+    ] = None,
+    sensor: Annotated[
+        str, typer.Option(help="Whose pixel-level encoder is used, at whose metres per pixel.")
+    ] = "naip",
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of another encoder, or any open_clip ViT (with --pretrained).")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or checkpoint of --encoder.")] = None,
+    bands: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Red, green and blue band; default: by the file's colours."),
+    ] = None,
+    values: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", help="Values shown as black and white: 0 3000 for Sentinel-2 reflectance."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a window that its neighbour sees.")
+    ] = 0.25,
+) -> None:
+    """Segment a raster by words alone: `graft segment scene.tif "farmland" "forest" -o map.tif`."""
+    from rich.progress import Progress
+
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.settings import load_settings
+    from training.encoders import load_clip
+    from training.zero_shot.prompts import PromptSet, load_prompts
+    from training.zero_shot.raster import RasterOptions, segment_raster
+
+    if bool(words) == bool(prompts):
+        raise InputError('Name the classes in words ("farmland" "forest"), or give --prompts, not both.')
+    sensors = load_settings().sensor_records
+    if sensor not in sensors:
+        raise InputError(f"No sensor {sensor!r}: use one of {', '.join(sensors)}.")
+    wanted = load_prompts(prompts) if prompts else PromptSet.of_words(words or [])
+    folder = _storage().models_folder / f"sensor={sensor}" / "pixel_encoder" / "encoder"
+    if encoder is None and not folder.exists():
+        raise InputError(
+            f"{folder} holds no encoder: materialise {sensor}/pixel_encoder, or name one with --encoder."
+        )
+    named = encoder or f"local-dir:{folder}"
+    clip = load_clip(f"local-dir:{named}" if Path(named).is_dir() else named, pretrained)
+    options = RasterOptions(gsd_m=sensors[sensor].gsd_m, bands=bands, display_range=values, overlap=overlap)
+    with Progress() as bars:
+        task = bars.add_task("Rows of windows", total=None)
+        made = segment_raster(
+            clip,
+            raster,
+            output,
+            wanted,
+            options,
+            lambda done, of: bars.update(task, completed=done, total=of),
+        )
+    rows = [[number, name, f"{100 * share:.1f} %"] for number, (name, share) in enumerate(made.share.items())]
+    _table(f"{made.path}: {made.width_px} x {made.height_px} px", ["value", "class", "share"], rows)
 
 
 @app.command()

@@ -124,6 +124,12 @@ def write_training_set(root, folder, tiles, embed, seed=0):
 
 
 @pytest.fixture(scope="session")
+def paint():
+    """Noisy squares of named colours, see `coloured`."""
+    return coloured
+
+
+@pytest.fixture(scope="session")
 def toy_captions():
     random = np.random.default_rng(7)
     names = random.choice(list(COLOURS), 256)

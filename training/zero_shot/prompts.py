@@ -4,6 +4,7 @@ How prompts become class embeddings is in classify.py.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,21 @@ class PromptSet:
         wrong = [template for template in self.templates if template.count("{}") != 1]
         if wrong:
             raise InputError(f"Templates need exactly one {{}}: correct {wrong}.")
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> "PromptSet":
+        """A set of classes that are their own words, in the templates that every set of ours has.
+
+        Args:
+            words: one class each.
+
+        Returns:
+            The set.
+
+        Raises:
+            InputError: if there is no word.
+        """
+        return cls({word: (word,) for word in words}, ("a photo of {}", "{}", "a view of {}"))
 
     @property
     def names(self) -> tuple[str, ...]:

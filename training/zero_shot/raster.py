@@ -1,0 +1,389 @@
+"""Zero-shot segmentation of a raster file of any size: overlapping windows in, a GeoTIFF of classes out.
+
+Scores of single crops are in segment.py; which words stand for a class, in prompts.py.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from numpy.typing import NDArray
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader, DatasetWriter
+from rasterio.windows import Window
+
+from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.manifests import atomic_local_file
+from training.encoders import CROP_PX, Clip, check_patch_tower, encode_texts, patch_features, to_input
+from training.zero_shot.classify import class_embeddings
+from training.zero_shot.prompts import PromptSet
+
+logger = logging.getLogger(__name__)
+
+#: Value of pixels that the raster has no data for.
+NODATA = 255
+#: Colours of the classes, in their order, repeated when they run out (Tol's "muted" and "bright" schemes).
+PALETTE = (
+    (51, 34, 136), (136, 204, 238), (68, 170, 153), (17, 119, 51), (153, 153, 51), (221, 204, 119),
+    (204, 102, 119), (136, 34, 85), (170, 68, 153), (68, 119, 170), (102, 204, 238), (34, 136, 51),
+    (204, 187, 68), (238, 102, 119), (170, 51, 119), (187, 187, 187),
+)  # fmt: skip
+_BLOCK_PX = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterOptions:
+    """How a raster is read and cut.
+
+    Attributes:
+        gsd_m: metres per pixel that the encoder was trained at; the raster is resampled to it for the encoder
+            alone, the map keeps the raster's own grid.
+        bands: 1-based numbers of the red, green and blue band; None: by the file's colour interpretation, else
+            the first three.
+        display_range: source values mapped linearly to 0..255; None when the raster is uint8.
+        overlap: share of a window's side that its neighbour sees too.
+        batch_size: windows encoded at once.
+    """
+
+    gsd_m: float = 1.0
+    bands: tuple[int, int, int] | None = None
+    display_range: tuple[float, float] | None = None
+    overlap: float = 0.25
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Reject options that no raster can be cut with."""
+        if self.gsd_m <= 0 or self.batch_size <= 0 or not 0 <= self.overlap < 1:
+            raise InputError("Give a positive gsd_m and batch_size, and an overlap from 0 to below 1.")
+
+
+@dataclass(frozen=True)
+class RasterMap:
+    """What was written.
+
+    Attributes:
+        path: the GeoTIFF.
+        classes: its classes, by pixel value.
+        share: share of the valid pixels of each class.
+        windows: how many windows were encoded.
+        width_px: width of the map.
+        height_px: height of the map.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    share: dict[str, float]
+    windows: int
+    width_px: int
+    height_px: int
+
+
+def segment_raster(
+    clip: Clip,
+    source: str | Path,
+    output: Path,
+    prompts: PromptSet,
+    options: RasterOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RasterMap:
+    """Give every pixel of a raster the class that its text is nearest to.
+
+    Windows that the encoder sees at its training resolution overlap; the scores of a patch are the mean over
+    the windows that show it, weighted down towards their edges. Pixels are interpolated bilinearly between
+    patches. Rows are written as soon as no later window touches them: memory grows with the raster's width,
+    not with its height.
+
+    Args:
+        clip: pixel-level satellite encoder, or any open_clip ViT.
+        source: anything that rasterio opens, with at least three bands.
+        output: GeoTIFF to write: uint8 class numbers, `NODATA` where the source has no data, with the source's
+            CRS and transform, a palette, and the class names as tags; it appears whole or not at all.
+        prompts: classes and words, at most 255 classes.
+        options: how the raster is read.
+        progress: told (rows of windows done, rows of windows).
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: if the source cannot be opened or has fewer than three bands, or the options do not fit it.
+        DataError: if pixels of the source cannot be read.
+    """
+    options = options or RasterOptions()
+    check_patch_tower(clip.model.visual)
+    names = prompts.names
+    if len(names) > NODATA:
+        raise InputError(f"{len(names)} classes do not fit a uint8 map: segment at most {NODATA} at once.")
+    classes = class_embeddings(prompts, partial(encode_texts, clip))
+    try:
+        file = rasterio.open(source)
+    except RasterioError as error:
+        raise InputError(f"{source} is no raster that can be opened ({error}): check the path.") from error
+    with file:
+        grid = _Lattice.of(file, clip, options)
+        reader = _Reader(file, grid, options)
+        counts = np.zeros(NODATA + 1, dtype=np.int64)
+        profile = {
+            "driver": "GTiff", "width": file.width, "height": file.height, "count": 1, "dtype": "uint8",
+            "crs": file.crs, "transform": file.transform, "nodata": NODATA, "compress": "deflate", "zlevel": 1,
+            "tiled": True, "blockxsize": _BLOCK_PX, "blockysize": _BLOCK_PX, "bigtiff": "if_safer",
+        }  # fmt: skip
+        with (
+            atomic_local_file(output) as partial_file,
+            rasterio.open(partial_file, "w", **profile) as written,
+        ):
+            _describe(written, names, prompts)
+            rows = _finished_rows(clip, classes, reader, grid, options, progress)
+            for top, block in _pixel_rows(rows, grid, file):
+                counts += np.bincount(block.ravel(), minlength=NODATA + 1)
+                written.write(block, 1, window=Window(0, top, file.width, len(block)))
+    valid = max(1, int(counts[:NODATA].sum()))
+    logger.info("segmented %s into %s: %d windows", source, output, grid.window_rows * grid.window_columns)
+    return RasterMap(
+        path=output,
+        classes=names,
+        share={name: float(counts[number] / valid) for number, name in enumerate(names)},
+        windows=grid.window_rows * grid.window_columns,
+        width_px=int(profile["width"]),
+        height_px=int(profile["height"]),
+    )
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """Patches and windows over a raster; patch (0, 0) starts at its upper left corner.
+
+    Attributes:
+        patch_x: width of a patch in raster pixels, may be a fraction.
+        patch_y: height of a patch in raster pixels.
+        rows: patches that cover the raster's height.
+        columns: patches that cover its width.
+        side: patches along a window.
+        step: patches from one window to the next.
+        model_px: side of the encoder's input.
+    """
+
+    patch_x: float
+    patch_y: float
+    rows: int
+    columns: int
+    side: int
+    step: int
+    model_px: int
+
+    @classmethod
+    def of(cls, file: DatasetReader, clip: Clip, options: RasterOptions) -> "_Lattice":
+        tower = clip.model.visual
+        side = tower.grid_size[0]
+        # A window shows CROP_PX pixels of the sensor, as training crops do.
+        patch_m = options.gsd_m * CROP_PX / side
+        x_m, y_m = _pixel_size_m(file)
+        patch_x, patch_y = patch_m / x_m, patch_m / y_m
+        if min(patch_x, patch_y) < 1:
+            raise InputError(
+                f"A patch of the encoder ({patch_m:g} m) is smaller than a pixel of {file.name} "
+                f"({x_m:g} x {y_m:g} m): the raster is too coarse for this encoder; check its gsd_m."
+            )
+        return cls(
+            patch_x=patch_x,
+            patch_y=patch_y,
+            rows=math.ceil(file.height / patch_y),
+            columns=math.ceil(file.width / patch_x),
+            side=side,
+            step=max(1, round(side * (1 - options.overlap))),
+            model_px=clip.image_px,
+        )
+
+    def _starts(self, patches: int) -> list[int]:
+        """First patch of each window along an axis; the last window ends with the raster, if it can."""
+        last = max(0, patches - self.side)
+        return [*range(0, last, self.step), last]
+
+    @property
+    def row_starts(self) -> list[int]:
+        return self._starts(self.rows)
+
+    @property
+    def column_starts(self) -> list[int]:
+        return self._starts(self.columns)
+
+    @property
+    def window_rows(self) -> int:
+        return len(self.row_starts)
+
+    @property
+    def window_columns(self) -> int:
+        return len(self.column_starts)
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """(side, side) float32: how much a window's patch counts, least at its edges, never nothing."""
+        ramp = 1 - np.abs((np.arange(self.side) + 0.5) / self.side * 2 - 1)
+        return np.outer(ramp, ramp).astype(np.float32)
+
+
+def _pixel_size_m(file: DatasetReader) -> tuple[float, float]:
+    """Width and height of a pixel in metres; of geographic rasters, at their middle."""
+    x, y = file.res
+    if file.crs is None or not file.crs.is_geographic:
+        factor = 1.0 if file.crs is None else file.crs.linear_units_factor[1]
+        return x * factor, y * factor
+    middle = (file.bounds.top + file.bounds.bottom) / 2
+    # Mean length of a degree on the WGS 84 ellipsoid; a few per mille are nothing to an encoder.
+    return x * 111_320 * math.cos(math.radians(middle)), y * 111_132
+
+
+class _Reader:
+    """Windows of a raster as the encoder sees them."""
+
+    def __init__(self, file: DatasetReader, grid: _Lattice, options: RasterOptions) -> None:
+        self._file, self._grid, self._range = file, grid, options.display_range
+        self._bands = options.bands or _rgb_bands(file)
+        missing = [band for band in self._bands if not 1 <= band <= file.count]
+        if missing:
+            raise InputError(f"{file.name} has {file.count} bands, not {missing}: name three of its bands.")
+        if self._range is None and any(file.dtypes[band - 1] != "uint8" for band in self._bands):
+            raise InputError(
+                f"{file.name} holds {file.dtypes[self._bands[0] - 1]}, not uint8: give the range of values to "
+                "display, such as 0 3000 for Sentinel-2 reflectance."
+            )
+
+    def window(self, row: int, column: int) -> NDArray[np.uint8]:
+        """The window that starts at a patch, (model_px, model_px, 3) uint8; mirrored beyond the raster."""
+        grid, file = self._grid, self._file
+        left, top = column * grid.patch_x, row * grid.patch_y
+        right = min(file.width, left + grid.side * grid.patch_x)
+        bottom = min(file.height, top + grid.side * grid.patch_y)
+        width, height = right - left, bottom - top
+        shape = (
+            max(1, round(height / (grid.side * grid.patch_y) * grid.model_px)),
+            max(1, round(width / (grid.side * grid.patch_x) * grid.model_px)),
+        )
+        # Averaged when it shrinks, so that nothing aliases.
+        resampling = Resampling.average if shape[0] < height else Resampling.bilinear
+        try:
+            pixels = file.read(
+                self._bands,
+                window=Window(left, top, width, height),
+                out_shape=(3, *shape),
+                resampling=resampling,
+            )
+        except RasterioError as error:
+            raise DataError(
+                f"Pixels of {file.name} at row {top:.0f}, column {left:.0f} cannot be read ({error}): "
+                "restore the file."
+            ) from error
+        if self._range is not None:
+            low, high = self._range
+            pixels = np.clip((pixels.astype(np.float32) - low) / (high - low) * 255, 0, 255)
+        image = np.moveaxis(pixels, 0, -1).astype(np.uint8)
+        outside = (grid.model_px - shape[0], grid.model_px - shape[1])
+        return np.pad(image, ((0, outside[0]), (0, outside[1]), (0, 0)), mode="symmetric")
+
+
+def _rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
+    if file.count < 3:
+        raise InputError(f"{file.name} has {file.count} bands: segmentation needs red, green and blue.")
+    by_colour = {colour: number for number, colour in enumerate(file.colorinterp, start=1)}
+    wanted = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+    found = [by_colour[colour] for colour in wanted if colour in by_colour]
+    return (found[0], found[1], found[2]) if len(found) == 3 else (1, 2, 3)
+
+
+@torch.inference_mode()
+def _patch_scores(
+    clip: Clip, images: Sequence[NDArray[np.uint8]], classes: torch.Tensor
+) -> NDArray[np.float32]:
+    """Cosines of windows' patches with the classes, (N, side, side, K) float32."""
+    pixels = torch.from_numpy(np.stack(images)).to(clip.device).permute(0, 3, 1, 2).float()
+    return (patch_features(clip.model.visual, to_input(clip, pixels)).float() @ classes.T).cpu().numpy()
+
+
+def _finished_rows(
+    clip: Clip,
+    classes: NDArray[np.float32],
+    reader: _Reader,
+    grid: _Lattice,
+    options: RasterOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[NDArray[np.float32]]:
+    """Rows of the patch lattice from north to south, (columns, K) float32 mean scores."""
+    on_device = torch.from_numpy(classes).to(clip.device)
+    shape = (grid.columns + grid.side, len(classes))
+    weights = grid.weights[:, :, None]
+    pending: dict[int, list[NDArray[np.float32]]] = {}
+    starts, column_starts = grid.row_starts, grid.column_starts
+    for number, start in enumerate(starts):
+        for row in range(start, start + grid.side):
+            if row not in pending:
+                pending[row] = [np.zeros(shape, np.float32), np.zeros((shape[0], 1), np.float32)]
+        for first in range(0, len(column_starts), options.batch_size):
+            some = column_starts[first : first + options.batch_size]
+            scores = _patch_scores(clip, [reader.window(start, column) for column in some], on_device)
+            for column, of_window in zip(some, scores, strict=True):
+                columns = slice(column, column + grid.side)
+                for offset in range(grid.side):
+                    total, weight = pending[start + offset]
+                    total[columns] += of_window[offset] * weights[offset]
+                    weight[columns] += weights[offset]
+        if progress:
+            progress(number + 1, len(starts))
+        following = starts[number + 1] if number + 1 < len(starts) else grid.rows
+        for row in range(start, min(following, grid.rows)):
+            total, weight = pending.pop(row)
+            yield total[: grid.columns] / weight[: grid.columns]
+
+
+def _pixel_rows(
+    patch_rows: Iterator[NDArray[np.float32]], grid: _Lattice, file: DatasetReader
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Blocks of pixel rows, (top, (rows, width) uint8 classes), interpolated between patch rows."""
+    place = (np.arange(file.width) + 0.5) / grid.patch_x - 0.5
+    west, east_share = _neighbours(place, grid.columns)
+    block = np.empty((_BLOCK_PX, file.width), dtype=np.uint8)
+    at, top = 0, 0
+    upsampled: dict[int, NDArray[np.float32]] = {}
+    have = 0
+    for y in range(file.height):
+        north, south_share = _neighbours(np.array([(y + 0.5) / grid.patch_y - 0.5]), grid.rows)
+        upper, lower = int(north[0]), min(int(north[0]) + 1, grid.rows - 1)
+        while have <= lower:
+            row = next(patch_rows)
+            # (K, width): the class is the outer axis, as argmax over it then runs along memory.
+            left, right = row[west].T, row[np.minimum(west + 1, grid.columns - 1)].T
+            upsampled[have] = left + (right - left) * east_share
+            have += 1
+        for old in [number for number in upsampled if number < upper]:
+            del upsampled[old]
+        share = np.float32(south_share[0])
+        scores = upsampled[upper] + (upsampled[lower] - upsampled[upper]) * share
+        block[at] = scores.argmax(axis=0)
+        at += 1
+        if at == _BLOCK_PX or y == file.height - 1:
+            window = Window(0, top, file.width, at)
+            block[:at][file.dataset_mask(window=window) == 0] = NODATA
+            yield top, block[:at]
+            top, at = top + at, 0
+
+
+def _neighbours(place: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The patch before each place on an axis, and the share of the one behind; ends repeat."""
+    inside = np.clip(place, 0, count - 1)
+    before = np.floor(inside).astype(np.int64)
+    return before, (inside - before).astype(np.float32)
+
+
+def _describe(written: DatasetWriter, names: Sequence[str], prompts: PromptSet) -> None:
+    written.write_colormap(
+        1, {number: (*PALETTE[number % len(PALETTE)], 255) for number in range(len(names))}
+    )
+    written.set_band_description(1, "class")
+    tags: Mapping[str, str] = {f"class_{number}": name for number, name in enumerate(names)}
+    written.update_tags(1, **tags, templates=" | ".join(prompts.templates))
