@@ -24,6 +24,10 @@ class DataError(GraftError):
     """A stored dataset does not obey its schema or the rules of the data."""
 
 
+class TrainingError(GraftError):
+    """A training cannot go on; its last checkpoint is intact."""
+
+
 class ItemError(GraftError):
     """One photo or chip could not be had; its caller turns this into a row with a reason.
 

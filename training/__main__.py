@@ -4,12 +4,13 @@ Only arguments are handled here; the work is in loop.py and foundation.py.
 """
 
 import csv
+import json
 import logging
 import os
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -20,6 +21,10 @@ from rich.progress import track
 from upath import UPath
 
 from graft_pipeline.errors import GraftError, InputError
+from training.reporting import open_reporter
+
+if TYPE_CHECKING:
+    from training.loop import TrainConfig
 
 app = typer.Typer(
     help="Train satellite encoders, and small CLIPs for them, from files and without Dagster.",
@@ -66,32 +71,29 @@ def encoder(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
     seed: int = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other field of TrainConfig; repeatable."),
+    ] = None,
 ) -> None:
     """Train a satellite encoder on a training set; goes on where a killed run stopped; also under torchrun."""
     from graft_pipeline.settings import load_settings
 
-    sensors = load_settings().sensor_records
-    if sensor not in sensors:
-        raise InputError(f"No sensor {sensor!r}: use one of {', '.join(sensors)}.")
-    from training.loop import Progress, train
-    from training.recipes import RECIPES
+    with open_reporter() as reporter:
+        sensors = load_settings().sensor_records
+        if sensor not in sensors:
+            raise InputError(f"No sensor {sensor!r}: use one of {', '.join(sensors)}.")
+        from training.loop import train
+        from training.recipes import RECIPES
 
-    config = RECIPES[recipe].encoder(level.value, sensors[sensor], architecture, pretrained or None, seed)
-    given = {"steps": steps, "batch_tiles": batch_tiles, "learning_rate": learning_rate}
-    config = replace(
-        config,
-        device=device,
-        threads=threads,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-    def report(progress: Progress) -> None:
-        if progress.validation:
-            logging.getLogger("training").debug("%s", progress)
-
-    result = train(config, UPath(training_set), UPath(root), UPath(output), report)
-    if os.environ.get("RANK", "0") != "0":
-        # One of several processes of torchrun; the first speaks for all.
+        config = RECIPES[recipe].encoder(level.value, sensors[sensor], architecture, pretrained or None, seed)
+        given = {"steps": steps, "batch_tiles": batch_tiles, "learning_rate": learning_rate}
+        given = {name: value for name, value in given.items() if value is not None}
+        config = with_fields(replace(config, device=device, threads=threads, **given), set_ or [])
+        result = train(config, UPath(training_set), UPath(root), UPath(output), reporter.progress)
+        reporter.result(result)
+    if reporter.is_heard or os.environ.get("RANK", "0") != "0":
+        # Dagster shows the result; of several processes of torchrun the first speaks for all.
         return
     best = [row for row in result.validations if row["step"] == result.best_step]
     console = Console()
@@ -100,6 +102,39 @@ def encoder(
     )
     for row in best:
         console.print({name: round(value, 4) for name, value in row.items()})
+
+
+def with_fields(config: "TrainConfig", assignments: list[str]) -> "TrainConfig":
+    """A configuration with some of its fields set from text.
+
+    Args:
+        config: the configuration.
+        assignments: `name=value` each; a value is JSON, or text if it is none.
+
+    Returns:
+        The changed configuration.
+
+    Raises:
+        InputError: if there is no such field, or its value is of another type than the present one.
+    """
+    changes = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or name not in vars(config):
+            raise InputError(
+                f"--set {assignment}: write NAME=VALUE, NAME being one of {', '.join(vars(config))}."
+            )
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        present = getattr(config, name)
+        value = tuple(value) if isinstance(present, tuple) and isinstance(value, list) else value
+        value = float(value) if isinstance(present, float) and type(value) is int else value
+        if present is not None and value is not None and type(value) is not type(present):
+            raise InputError(f"--set {assignment}: {name} is of type {type(present).__name__}.")
+        changes[name] = value
+    return replace(config, **changes)
 
 
 @app.command()

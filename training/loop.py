@@ -132,6 +132,7 @@ class Progress:
         steps: steps in all.
         loss: training loss of the step.
         learning_rate: of the step.
+        tiles: tiles of the step's batch, of all processes.
         validation: if the step ended with one.
     """
 
@@ -139,6 +140,7 @@ class Progress:
     steps: int
     loss: float
     learning_rate: float
+    tiles: int
     validation: Validation | None = None
 
 
@@ -284,7 +286,7 @@ def _run_to_the_end(
                     "step %d of %d: loss %.3f, validation %s", run.step, config.steps, loss, validation
                 )
         if progress:
-            progress(Progress(run.step, config.steps, loss, rate, validation))
+            progress(Progress(run.step, config.steps, loss, rate, trainer.batches.batch_tiles, validation))
     # Only the first process validates, so only it knows which weights were the best.
     run = team.agree(run)
     trainer.restore(best, run)

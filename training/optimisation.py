@@ -9,11 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from graft_pipeline.errors import GraftError
-
-
-class TrainingError(GraftError):
-    """Training cannot go on: the loss is not a finite number any more."""
+from graft_pipeline.errors import TrainingError
 
 
 def make_optimizer(

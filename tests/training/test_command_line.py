@@ -1,15 +1,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 from upath import UPath
 
+from graft_pipeline.errors import InputError
 from graft_pipeline.imagery import NAIP, SENTINEL2
-from training.__main__ import app
+from training.__main__ import app, with_fields
 from training.encoders import load_clip
 from training.recipes import PAPER_IMAGE, PAPER_PIXEL, PLANET_IMAGE, PLANET_PIXEL, RECIPES
 
@@ -61,6 +62,18 @@ def test_an_encoder_from_the_command_line(toy_world, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["encoder", str(toy_world.folder), str(tmp_path / "out"), *arguments])
     assert done.exit_code == 0, done.output
     assert load_clip(f"local-dir:{tmp_path / 'out' / 'encoder'}").fingerprint() in done.output
+
+
+def test_fields_are_set_from_text():
+    changed = with_fields(
+        PLANET_IMAGE, ["temperature=0.1", "grad_clip=2", "precision=bf16", "betas=[0.8, 0.9]", "threads=3"]
+    )
+    assert changed == replace(
+        PLANET_IMAGE, temperature=0.1, grad_clip=2.0, precision="bf16", betas=(0.8, 0.9), threads=3
+    )
+    for wrong in ("no_such_field=1", "steps", "steps=many", "steps=1.5", "seed=true"):
+        with pytest.raises(InputError, match="--set"):
+            with_fields(PLANET_IMAGE, [wrong])
 
 
 def test_errors_are_one_line(tmp_path):
