@@ -4,6 +4,7 @@ Secrets are SecretStr and come from nowhere else. What single assets may be aske
 """
 
 import os
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,9 @@ class PlanetSettings(BaseModel):
     quota: float | None = Field(None, gt=0)
     #: Share of requests answered with a fault.
     fault_rate: float = Field(0.0, ge=0, le=1)
+    #: The planet's present, such as 2023-06-01; UTC unless it says otherwise. What is uploaded or acquired later
+    #: does not exist yet. Unset: its last day, the end of 2023.
+    now: datetime | None = None
     #: Real GeoTIFFs served as scenes: `{"naip": ["file.tif"]}`, keyed by a sensor's name.
     mounts: dict[str, list[str]] = Field(default_factory=dict)
 
@@ -67,8 +71,13 @@ class Settings(BaseSettings):
     #: Where image URLs of Flickr's static hosts are fetched from; unset: from the URL as given.
     flickr_static_url: str | None = None
     flickr_calls_per_hour: int = Field(3600, gt=0)
-    #: SQLite file in which all processes with this key share their pace; unset: each process has its own.
+    #: SQLite file, on a local disk, in which all runs share the pace of the key and keep it over restarts. Unset:
+    #: one for each key in DAGSTER_HOME, or else in the user's state folder; on the planet, no pace is shared.
     flickr_pacing_file: Path | None = None
+    #: Licences that are asked for, by Flickr's ids: `4,5,9,10`; empty: all. Kept as given in `license_id`.
+    flickr_licenses: str = Field("", pattern=r"^(\d+(,\d+)*)?$")
+    #: The least safe photos that are asked for. Flickr shows only safe ones to a key that no user has authorised.
+    flickr_safe_search: Literal["safe", "moderate", "restricted"] = "safe"
     flickr_timeout_s: float = Field(30.0, gt=0)
     search_locations_per_region: int = Field(100, gt=0)
     search_radius_km: float = Field(2.0, gt=0, lt=32)

@@ -62,6 +62,7 @@ def open_world(settings: Settings) -> Iterator[Settings]:
         quota=planet.quota,
         fault_rate=planet.fault_rate,
         mounts=mounts,
+        now=planet.now,
     ) as server:
         yield _pointed_at(settings, server.url)
 

@@ -157,9 +157,12 @@ class Catalog:
         seed: the planet's seed.
         mounted: scenes of mounted files by collection id; they hide the procedural scenes of their
             collection that they touch.
+        now: procedural scenes that are acquired later do not exist yet; None: all exist.
     """
 
-    def __init__(self, seed: int, mounted: dict[str, Sequence[Scene]] | None = None) -> None:
+    def __init__(
+        self, seed: int, mounted: dict[str, Sequence[Scene]] | None = None, now: datetime | None = None
+    ) -> None:
         from resources.planet.naip_scenes import NaipScenes
         from resources.planet.sentinel2_scenes import Sentinel2Scenes
 
@@ -170,6 +173,7 @@ class Catalog:
         self._mounted = {
             name: {scene.scene_id: scene for scene in scenes} for name, scenes in (mounted or {}).items()
         }
+        self._now = now
         self.collections = frozenset(self._procedural) | frozenset(self._mounted)
         # Clients ask for hundreds of chips of one scene, and for a listing page by page.
         self.find: Callable[[str], Scene | None] = lru_cache(maxsize=8192)(self._find)
@@ -181,7 +185,12 @@ class Catalog:
         if mounted is not None or collection not in self._procedural:
             return mounted
         scene = self._procedural[collection].find(scene_id)
-        return None if scene is None or self._is_hidden(collection, scene) else scene
+        if scene is None or not self._is_acquired(scene) or self._is_hidden(collection, scene):
+            return None
+        return scene
+
+    def _is_acquired(self, scene: Scene) -> bool:
+        return self._now is None or scene.started <= self._now
 
     def _is_hidden(self, collection: str, scene: Scene) -> bool:
         return any(
@@ -211,7 +220,9 @@ class Catalog:
         found = [scene for scene in self._mounted.get(collection, {}).values() if touches(scene)]
         if collection in self._procedural:
             procedural = [
-                scene for scene in self._procedural[collection].within(region.bounds) if touches(scene)
+                scene
+                for scene in self._procedural[collection].within(region.bounds)
+                if self._is_acquired(scene) and touches(scene)
             ]
             if self._mounted.get(collection):
                 procedural = [scene for scene in procedural if not self._is_hidden(collection, scene)]

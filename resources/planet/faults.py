@@ -38,7 +38,11 @@ KINDS = (
 )
 #: Kinds that meet no fault: a client connects once per process, and a planet is not there to test that.
 _CONNECTING = {"discovery", "algorithms"}
-FAULTS = ("unavailable", "short_body", "html", "dropped")
+#: What happens to a request that meets a fault: an answer 503, 500 or 429, half a body, a page of HTML with status
+#: 200, a connection that is cut, or an answer that comes late.
+FAULTS = ("unavailable", "server_error", "over_quota", "short_body", "html", "dropped", "stalled")
+#: How late a stalled answer is, seconds.
+STALL_S = 5.0
 #: Earth Engine's limit of a request's payload.
 MAX_BODY_BYTES = 10_485_760
 #: Key of the ASGI state under which the server puts the function that cuts the connection.
@@ -118,10 +122,19 @@ class Gate:
         latency_ms: added to every answer.
         quota: requests per second and service (Flickr, its images, Earth Engine); over it the answer is 429.
         fault_rate: share of requests answered with a fault.
+        stall_s: how late a stalled answer is.
     """
 
     def __init__(
-        self, app: App, stats: Stats, *, seed: int, latency_ms: float, quota: float | None, fault_rate: float
+        self,
+        app: App,
+        stats: Stats,
+        *,
+        seed: int,
+        latency_ms: float,
+        quota: float | None,
+        fault_rate: float,
+        stall_s: float = STALL_S,
     ) -> None:
         self._app = app
         self._stats = stats
@@ -129,6 +142,7 @@ class Gate:
         self._latency_s = latency_ms / 1000
         self._buckets = {name: _Bucket(quota) for name in ("flickr", "image", "ee")} if quota else {}
         self._fault_rate = fault_rate
+        self._stall_s = stall_s
         self._number = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -162,15 +176,18 @@ class Gate:
         service = _service(kind)
         if self._buckets and not self._buckets[service].take():
             self._stats.add("throttled")
-            await _throttled(service)(scope, receive, send)
+            await _error(service, *_OVER_QUOTA)(scope, receive, send)
             return
         fault = None if kind in _CONNECTING else self._next_fault()
         if fault is None:
             await self._app(scope, receive, send)
             return
         self._stats.add(f"fault_{fault}")
-        if fault == "unavailable":
-            await _unavailable(service)(scope, receive, send)
+        if fault in _ERRORS:
+            await _error(service, *_ERRORS[fault])(scope, receive, send)
+        elif fault == "stalled":
+            await asyncio.sleep(self._stall_s)
+            await self._app(scope, receive, send)
         elif fault == "html":
             await HTMLResponse(_HTML)(scope, receive, send)
         elif fault == "dropped":
@@ -239,15 +256,21 @@ def _service(kind: str) -> str:
     return "flickr" if kind in ("search", "echo", "flickr_other") else "ee"
 
 
-def _throttled(service: str) -> Response:
-    headers = {"Retry-After": "1"}
-    if service == "ee":
-        message = "Quota exceeded for quota metric 'API requests' of service 'earthengine.googleapis.com'."
-        return error_response(HTTPStatus.TOO_MANY_REQUESTS, message, headers)
-    return PlainTextResponse("Too Many Requests", HTTPStatus.TOO_MANY_REQUESTS, headers=headers)
+_OVER_QUOTA = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "Quota exceeded for quota metric 'API requests' of service 'earthengine.googleapis.com'.",
+)
+#: Faults that are answers with an error status: the status, and Earth Engine's message.
+_ERRORS = {
+    "unavailable": (HTTPStatus.SERVICE_UNAVAILABLE, "The service is currently unavailable."),
+    "server_error": (HTTPStatus.INTERNAL_SERVER_ERROR, "An internal error has occurred."),
+    "over_quota": _OVER_QUOTA,
+}
 
 
-def _unavailable(service: str) -> Response:
+def _error(service: str, status: HTTPStatus, message: str) -> Response:
+    """An error as the service words it."""
+    headers = {"Retry-After": "1"} if status is HTTPStatus.TOO_MANY_REQUESTS else None
     if service == "ee":
-        return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "The service is currently unavailable.")
-    return PlainTextResponse("Service Unavailable", HTTPStatus.SERVICE_UNAVAILABLE)
+        return error_response(status, message, headers)
+    return PlainTextResponse(status.phrase, status, headers=headers)

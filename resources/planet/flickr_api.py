@@ -20,7 +20,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from resources.planet.noise import hashes, salt
+from resources.planet.noise import hashes, salt, uniforms
 from resources.planet.photographers import distance_km
 from resources.planet.world import World
 
@@ -31,8 +31,9 @@ RESULT_CEILING = 4000
 MAX_PER_PAGE, MAX_PER_PAGE_GEO, DEFAULT_PER_PAGE = 500, 250, 100
 MAX_RADIUS_KM = 32.0
 MAX_BBOX_DEG2 = 100.0
-#: The planet's present: its last photos were uploaded just before.
-NOW = datetime(2024, 1, 1, tzinfo=UTC)
+#: Share of photos that are not safe; a quarter of them is restricted. Every key may see them here: the real site
+#: shows them to users who have signed in only.
+UNSAFE_SHARE = 0.01
 #: The planet's own code for a place that is none; Flickr's is not documented.
 BAD_PLACE = 999
 
@@ -69,6 +70,7 @@ class Search:
         content_types: Flickr's content types that match: 1 photos, 2 screenshots, 3 other.
         media: `photos`, `videos` or `all`.
         licenses: licence ids that match; empty: all.
+        safe_search: highest safety level that matches: 1 safe, 2 moderate, 3 restricted.
         tags: tags of which any (or all) must be there; empty: no rule.
         all_tags: whether all tags must be there.
         text: words that title or tags must hold; empty: no rule.
@@ -83,6 +85,7 @@ class Search:
     content_types: frozenset[int] = frozenset({1, 2, 3})
     media: str = "all"
     licenses: frozenset[str] = frozenset()
+    safe_search: int = 1
     tags: frozenset[str] = frozenset()
     all_tags: bool = False
     text: str = ""
@@ -141,7 +144,7 @@ class FlickrApi:
         return {"photos": self._search(parameters)}
 
     def _search(self, parameters: Mapping[str, str]) -> dict[str, Any]:
-        search = parse_search(parameters)
+        search = parse_search(parameters, self._world.now)
         per_page = _number(parameters, "per_page", DEFAULT_PER_PAGE, 1, MAX_PER_PAGE)
         per_page = min(per_page, MAX_PER_PAGE_GEO)
         page = _number(parameters, "page", 1, 1, 1_000_000)
@@ -206,12 +209,26 @@ def _matches(photos: np.ndarray, search: Search) -> np.ndarray:
         matches[:] = False
     if search.licenses:
         matches &= np.isin(photos["license"], sorted(search.licenses))
+    matches &= safety_levels(photos) <= search.safe_search
     for index in np.flatnonzero(matches) if search.tags or search.text else ():
         tags = set(str(photos["tags"][index]).lower().split())
         words = {*tags, *str(photos["title"][index]).lower().split()}
         has_tags = search.tags <= tags if search.all_tags else not search.tags or bool(search.tags & tags)
         matches[index] = has_tags and set(search.text.split()) <= words
     return matches
+
+
+def safety_levels(photos: np.ndarray) -> np.ndarray:
+    """What moderators made of photos: nearly all are safe.
+
+    Args:
+        photos: (N,) rows of `photographers.PHOTO_DTYPE`.
+
+    Returns:
+        (N,) int: 1 safe, 2 moderate, 3 restricted.
+    """
+    draw = uniforms(salt("safety"), photos["photo_id"].astype(np.int64))
+    return 1 + (draw < UNSAFE_SHARE).astype(np.int64) + (draw < UNSAFE_SHARE / 4)
 
 
 class _Nonces:
@@ -241,11 +258,12 @@ def _oauth(header: str) -> dict[str, str]:
     return {name: unquote(value) for name, value in re.findall(r'(\w+)="([^"]*)"', rest)}
 
 
-def parse_search(parameters: Mapping[str, str]) -> Search:
+def parse_search(parameters: Mapping[str, str], now: datetime) -> Search:
     """Read the parameters of `flickr.photos.search`.
 
     Args:
         parameters: as sent; unknown ones are ignored, as Flickr does.
+        now: the planet's present.
 
     Returns:
         The search.
@@ -269,7 +287,7 @@ def parse_search(parameters: Mapping[str, str]) -> Search:
         raise FlickrError(18, "Illogical arguments: a place, and photos without one.")
     if not agents:
         # Geo queries without a limiting agent return the last twelve hours only.
-        uploaded = (NOW - timedelta(hours=12)).timestamp(), math.inf
+        uploaded = (now - timedelta(hours=12)).timestamp(), math.inf
     sort = parameters.get("sort") or ("" if circle else "date-posted-desc")
     content = _number(parameters, "content_type", 7, 1, 7)
     kinds = {1: {1}, 2: {2}, 3: {3}, 4: {1, 2}, 5: {2, 3}, 6: {1, 3}, 7: {1, 2, 3}}[content]
@@ -283,6 +301,7 @@ def parse_search(parameters: Mapping[str, str]) -> Search:
         content_types=frozenset(kinds),
         media=parameters.get("media") or "all",
         licenses=frozenset(word for word in re.split(r"[,\s]+", words) if word),
+        safe_search=_number(parameters, "safe_search", 1, 1, 3),
         tags=frozenset(tag.strip().lower() for tag in parameters.get("tags", "").split(",") if tag.strip()),
         all_tags=parameters.get("tag_mode") == "all",
         text=parameters.get("text", "").lower(),

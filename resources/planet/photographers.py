@@ -52,13 +52,12 @@ _NO_URL_SHARE = 0.01
 _SCREENSHOT_SHARE = 0.004
 
 _FIRST_S = calendar.timegm((2016, 1, 1, 0, 0, 0))
-_LAST_S = calendar.timegm((2023, 12, 31, 0, 0, 0))
+#: No photo is ever uploaded later, Unix seconds.
+LAST_S = calendar.timegm((2023, 12, 31, 0, 0, 0))
 _DAY_S = 86_400
 
 #: Long side in pixels of the sizes that Flickr offers, by the letter of their `url_*` extra.
 SIZES_PX = {"t": 100, "s": 240, "n": 320, "w": 400, "m": 500, "z": 640, "c": 800, "l": 1024, "h": 1600}
-#: The planet's present, Unix seconds: no photo is uploaded later.
-NOW_S = _LAST_S
 
 #: One row per photo. `kind` is what it shows; `image_id` the photo whose drawing it shows (its own id but for
 #: re-uploads); `frame` counts through a burst; true_* is where it was taken, lon/lat what its geotag says.
@@ -406,11 +405,11 @@ class Photographers:
 
     def _date(self, rng: np.random.Generator, photos: NDArray[np.void], west: float) -> None:
         count = len(photos)
-        day = np.floor(rng.uniform(1, (_LAST_S - _FIRST_S) / _DAY_S - 12, count))
+        day = np.floor(rng.uniform(1, (LAST_S - _FIRST_S) / _DAY_S - 12, count))
         # More photos in summer: a winter day is drawn again half of the time.
         season = np.abs((day % 365.25) / 365.25 - 0.54)
         again = (season > 0.25) & (rng.random(count) < 0.5)
-        day[again] = np.floor(rng.uniform(1, (_LAST_S - _FIRST_S) / _DAY_S - 12, int(again.sum())))
+        day[again] = np.floor(rng.uniform(1, (LAST_S - _FIRST_S) / _DAY_S - 12, int(again.sum())))
         clock = np.clip(rng.normal(14, 3.2, count), 6, 21.5)
         taken = _FIRST_S + (day * _DAY_S).astype(np.int64) + (clock * 3600).astype(np.int64)
         lag = rng.exponential(4 * _DAY_S, count) + 600
@@ -418,8 +417,8 @@ class Photographers:
         lag[is_late] = rng.uniform(30 * _DAY_S, 500 * _DAY_S, int(is_late.sum()))
         taken_utc = taken - round(west / 15) * 3600
         uploaded = taken_utc + lag.astype(np.int64)
-        too_late = uploaded >= _LAST_S
-        uploaded[too_late] = _LAST_S - rng.integers(1, 5 * _DAY_S, int(too_late.sum()))
+        too_late = uploaded >= LAST_S
+        uploaded[too_late] = LAST_S - rng.integers(1, 5 * _DAY_S, int(too_late.sum()))
         photos["taken_at_local"], photos["uploaded_at"] = taken, np.maximum(uploaded, taken_utc + 60)
         unknown = rng.random(count) < 0.015
         photos["taken_unknown"] = unknown
@@ -483,9 +482,9 @@ class Photographers:
         copy = number < 0
         later = rng.integers(1, 240 * _DAY_S, len(whole))
         whole["uploaded_at"] = np.where(
-            copy, np.minimum(whole["uploaded_at"] + later, _LAST_S - 1 - later % 1000), whole["uploaded_at"]
+            copy, np.minimum(whole["uploaded_at"] + later, LAST_S - 1 - later % 1000), whole["uploaded_at"]
         )
-        whole["uploaded_at"] = np.minimum(whole["uploaded_at"], _LAST_S - 1)
+        whole["uploaded_at"] = np.minimum(whole["uploaded_at"], LAST_S - 1)
         # A re-upload has lost its EXIF: its date taken is its date of upload.
         whole["taken_unknown"] |= copy
         whole["taken_at_local"] = np.where(

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +42,8 @@ class PlanetServer:
         fault_rate: share of requests answered with a fault.
         mounts: GeoTIFF paths by sensor name or collection id, served as scenes.
         port: port to listen on; 0: any free one.
+        now: the planet's present; what is uploaded or acquired later does not exist yet. None: its last day.
+        stall_s: how late the answer to a request is that meets this fault; None: 5 s.
 
     Attributes:
         url: where it answers, without trailing slash; set while it runs.
@@ -54,6 +57,8 @@ class PlanetServer:
         fault_rate: float = 0.0,
         mounts: Mapping[str, Sequence[str]] | None = None,
         port: int = 0,
+        now: datetime | None = None,
+        stall_s: float | None = None,
     ) -> None:
         self._arguments = [
             f"--seed={seed}",
@@ -63,6 +68,10 @@ class PlanetServer:
         ]
         if quota is not None:
             self._arguments.append(f"--quota={quota}")
+        if now is not None:
+            self._arguments.append(f"--now={now.isoformat()}")
+        if stall_s is not None:
+            self._arguments.append(f"--stall-s={stall_s}")
         if mounts:
             paths = {name: [str(path) for path in files] for name, files in mounts.items()}
             self._arguments.append(f"--mounts={json.dumps(paths)}")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import uvicorn
@@ -24,10 +25,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from graft_pipeline.errors import GraftError, InputError, ServiceError
 from resources.planet.catalog import Catalog
 from resources.planet.earth_engine_api import EarthEngineApi
-from resources.planet.faults import DROP_CONNECTION, App, Gate, Stats
+from resources.planet.faults import DROP_CONNECTION, STALL_S, App, Gate, Stats
 from resources.planet.flickr_api import FlickrApi
 from resources.planet.truth_api import TruthApi
-from resources.planet.world import World
+from resources.planet.world import NOW, World
 
 #: Loopback only: the planet checks no credentials.
 HOST = "127.0.0.1"
@@ -40,6 +41,8 @@ def create_app(
     quota: float | None = None,
     fault_rate: float = 0.0,
     mounts: dict[str, list[str]] | None = None,
+    now: datetime = NOW,
+    stall_s: float = STALL_S,
 ) -> App:
     """The planet as an ASGI application.
 
@@ -49,6 +52,8 @@ def create_app(
         quota: requests per second and service before the answer is 429; None: unlimited.
         fault_rate: share of requests answered with a fault.
         mounts: GeoTIFF paths by sensor name or collection id, served as scenes.
+        now: the planet's present, UTC; what is uploaded or acquired later does not exist yet.
+        stall_s: how late the answer to a request is that meets this fault.
 
     Returns:
         An ASGI application.
@@ -56,17 +61,18 @@ def create_app(
     Raises:
         InputError: if a mount is not usable, or a number is out of range.
     """
-    if latency_ms < 0 or not 0 <= fault_rate <= 1 or (quota is not None and quota <= 0):
+    if min(latency_ms, stall_s) < 0 or not 0 <= fault_rate <= 1 or (quota is not None and quota <= 0):
         raise InputError(
-            "latency_ms must not be negative, fault_rate must be 0 to 1, quota positive: correct them."
+            "latency_ms and stall_s must not be negative, fault_rate must be 0 to 1, quota positive: "
+            "correct them."
         )
     mounted = {}
     if mounts:
         from resources.planet.mounts import mounted_scenes
 
         mounted = mounted_scenes(mounts)
-    world, stats = World(seed), Stats()
-    earth_engine, flickr = EarthEngineApi(world, Catalog(seed, mounted)), FlickrApi(world)
+    world, stats = World(seed, now), Stats()
+    earth_engine, flickr = EarthEngineApi(world, Catalog(seed, mounted, now)), FlickrApi(world)
     truth = TruthApi(world)
 
     def healthz(request: Request) -> Response:
@@ -93,7 +99,21 @@ def create_app(
             Route("/truth/land_cover", truth.land_cover),
         ]
     )
-    return Gate(app, stats, seed=seed, latency_ms=latency_ms, quota=quota, fault_rate=fault_rate)
+    return Gate(
+        app,
+        stats,
+        seed=seed,
+        latency_ms=latency_ms,
+        quota=quota,
+        fault_rate=fault_rate,
+        stall_s=stall_s,
+    )
+
+
+def _moment(text: str) -> datetime:
+    """A date or time as ISO 8601 writes it; UTC if it names no zone."""
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class _Protocol(H11Protocol):
@@ -115,6 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--latency-ms", type=float, default=0.0)
     parser.add_argument("--quota", type=float, help="requests per second and service")
     parser.add_argument("--fault-rate", type=float, default=0.0)
+    parser.add_argument("--stall-s", type=float, default=STALL_S)
+    parser.add_argument(
+        "--now", type=_moment, default=NOW, help="the planet's present, such as 2023-06-01; UTC"
+    )
     parser.add_argument("--mounts", type=json.loads, default={}, help='JSON such as {"naip": ["file.tif"]}')
     parser.add_argument(
         "--child", action="store_true", help="end when standard input closes or the parent is gone"
@@ -131,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quota=options.quota,
             fault_rate=options.fault_rate,
             mounts=options.mounts,
+            now=options.now,
+            stall_s=options.stall_s,
         )
     except GraftError as error:
         _report({"error": type(error).__name__, "message": str(error)})

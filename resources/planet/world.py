@@ -3,6 +3,7 @@
 How land, pixels and photos are made is in the modules beside this one; protocols and scenes are the servers'.
 """
 
+import math
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from functools import lru_cache
@@ -16,11 +17,13 @@ from resources.planet.ground import not_a_jpeg, photo_jpeg
 from resources.planet.landcover import CLASSES, PALETTE, Land
 from resources.planet.noise import salt
 from resources.planet.overhead import Painter
-from resources.planet.photographers import NOW_S, SIZES_PX, Photographers
+from resources.planet.photographers import SIZES_PX, Photographers
 
 NAIP_GSD_M = 1.0
 SENTINEL2_GSD_M = 10.0
 
+#: The planet's present unless it is asked for an earlier one: its last photos and scenes are a day old.
+NOW = datetime(2024, 1, 1, tzinfo=UTC)
 #: Native pixels that a resampled request may touch at once.
 _MAX_WINDOW_PX = 4_000_000
 
@@ -36,14 +39,15 @@ class World:
         seed: the seed.
         classes: names of the land-cover classes, in order of their ids.
         palette: (12, 3) uint8 RGB of the classes on maps.
-        now: the planet's present, UTC; no photo is uploaded later.
+        now: the planet's present, UTC; photos that are uploaded later do not exist yet.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, now: datetime = NOW) -> None:
         self.seed = int(seed)
         self.classes = CLASSES
         self.palette = PALETTE
-        self.now = datetime.fromtimestamp(NOW_S, UTC)
+        self.now = now
+        self._now_s = math.floor(now.timestamp())
         self._painter = Painter(self.seed)
         self._land = lru_cache(maxsize=120)(lambda zone: Land(self.seed, zone))
         self._photographers = Photographers(self.seed, self._land)
@@ -214,15 +218,19 @@ class World:
         Returns:
             (N,) rows of `photographers.PHOTO_DTYPE`, in no particular but always the same order.
         """
-        return self._photographers.near(lon_deg, lat_deg, radius_km)
+        return self._uploaded(self._photographers.near(lon_deg, lat_deg, radius_km))
 
     def photos_in(self, west: float, south: float, east: float, north: float) -> NDArray[np.void]:
         """Photos whose geotags lie in a rectangle of degrees, its sides included; west > east crosses 180."""
-        return self._photographers.within(west, south, east, north)
+        return self._uploaded(self._photographers.within(west, south, east, north))
 
     def photo(self, photo_id: str) -> np.void | None:
         """One photo's row of `photographers.PHOTO_DTYPE`; None if there is no such photo."""
-        return self._photographers.photo(photo_id)
+        photo = self._photographers.photo(photo_id)
+        return photo if photo is not None and photo["uploaded_at"] <= self._now_s else None
+
+    def _uploaded(self, photos: NDArray[np.void]) -> NDArray[np.void]:
+        return photos[photos["uploaded_at"] <= self._now_s]
 
     @staticmethod
     def photo_sizes(photo: np.void) -> dict[str, tuple[int, int]]:

@@ -80,40 +80,47 @@ def test_over_the_quota_each_service_refuses_in_its_own_way(make_planet: Callabl
         echoes()
 
 
-def test_faults_are_of_four_kinds_and_the_same_every_time(make_planet: Callable[..., Any]) -> None:
-    first, again, other = (make_planet(seed=seed, fault_rate=0.6) for seed in (3, 3, 4))
+def test_faults_are_of_seven_kinds_and_the_same_every_time(make_planet: Callable[..., Any]) -> None:
+    first, again, other = (make_planet(seed=seed, fault_rate=0.6, stall_s=0.3) for seed in (3, 3, 4))
+    began = time.monotonic()
     ends = [echo(first) for _ in range(60)]
-    assert set(ends) == {"200", "503", "html", "short", "dropped"}
-    assert 20 <= sum(end != "200" for end in ends) <= 52
+    took = time.monotonic() - began
+    assert set(ends) == {"200", "429", "500", "503", "html", "short", "dropped"}
     assert [echo(again) for _ in range(60)] == ends
     assert [echo(other) for _ in range(60)] != ends
     stats = first.stats()
     assert stats["echo"] == 60
     assert stats["fault_unavailable"] == ends.count("503")
+    assert stats["fault_server_error"] == ends.count("500")
+    assert stats["fault_over_quota"] == ends.count("429")
     assert stats["fault_html"] == ends.count("html")
     assert stats["fault_short_body"] == ends.count("short")
     assert stats["fault_dropped"] == ends.count("dropped")
+    # A stalled answer is a right one, late.
+    assert stats["fault_stalled"] > 0
+    assert took > 0.3 * stats["fault_stalled"]
+    faults = sum(count for name, count in stats.items() if name.startswith("fault_"))
+    assert 20 <= faults <= 52
 
 
 def test_faults_spare_what_is_not_an_api(make_planet: Callable[..., Any]) -> None:
-    planet = make_planet(fault_rate=1)
-    assert echo(planet) != "200"
+    planet = make_planet(fault_rate=1, stall_s=0)
+    assert {echo(planet) for _ in range(20)} > {"429", "503"}
     for path in ("/healthz", "/stats", "/truth/classes", "/$discovery/rest", "/v1/projects/p/algorithms"):
         assert requests.get(planet.url + path, timeout=10).ok
 
 
-def test_earth_engines_503_has_its_body(make_planet: Callable[..., Any]) -> None:
-    planet = make_planet(fault_rate=1)
-    bodies = []
-    for _ in range(20):
+def test_earth_engines_errors_have_their_bodies(make_planet: Callable[..., Any]) -> None:
+    planet = make_planet(fault_rate=1, stall_s=0)
+    bodies = set()
+    for _ in range(60):
         try:
             answer = requests.get(planet.url + ASSET, timeout=10)
         except requests.exceptions.RequestException:
             continue
-        if answer.status_code == 503:
-            bodies.append(answer.json()["error"]["status"])
-    assert bodies
-    assert set(bodies) == {"UNAVAILABLE"}
+        if answer.status_code != 200:
+            bodies.add((answer.status_code, answer.json()["error"]["status"]))
+    assert bodies == {(429, "RESOURCE_EXHAUSTED"), (500, "INTERNAL"), (503, "UNAVAILABLE")}
 
 
 def test_a_payload_over_the_limit_is_refused(planet: Any) -> None:

@@ -3,18 +3,22 @@
 import io
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
+import ee
 import numpy as np
 import pytest
 import requests
 from PIL import Image
 
+from graft_pipeline.imagery import NAIP, SENTINEL2
+from resources.planet.flickr_api import safety_levels
 from resources.planet.world import World
 
 MIDDLE = {"lat": 42.1, "lon": -71.8, "radius": 2}
 QUARTER = {"bbox": "-71.80,42.05,-71.60,42.25"}
-ALL = {"min_upload_date": "2000-01-01 00:00:00", "accuracy": 1}
+ALL = {"min_upload_date": "2000-01-01 00:00:00", "accuracy": 1, "safe_search": 3}
 EXTRAS = "license,date_upload,date_taken,geo,tags,media,owner_name,o_dims,url_t,url_s,url_n,url_m,url_z,url_c,url_l"
 
 
@@ -126,7 +130,7 @@ def test_orders(flickr: Any) -> None:
 
 def test_accuracy_is_a_lower_bound_and_the_maximum_by_default(flickr: Any) -> None:
     every = everything(flickr, **QUARTER, extras="geo")
-    street = flickr.photos.search(**QUARTER, min_upload_date="0", per_page=1)["photos"]
+    street = flickr.photos.search(**QUARTER, min_upload_date="0", safe_search=3, per_page=1)["photos"]
     assert int(street["total"]) == sum(int(photo["accuracy"]) == 16 for photo in every) < len(every)
     rough = search(flickr, **QUARTER, accuracy=12, per_page=1)
     assert int(rough["total"]) == sum(int(photo["accuracy"]) >= 12 for photo in every)
@@ -144,6 +148,18 @@ def test_licences_tags_and_media_filter(flickr: Any) -> None:
     assert int(search(flickr, **QUARTER, media="videos")["total"]) == 0
     assert int(search(flickr, **QUARTER, content_type=2)["total"]) == 0
     assert int(search(flickr, **QUARTER, content_type=1, media="photos", per_page=1)["total"]) == len(every)
+
+
+def test_safe_search_is_an_upper_bound_and_safe_by_default(flickr: Any, world: World) -> None:
+    photos = world.photos_in(-71.80, 42.05, -71.60, 42.25)
+    levels = safety_levels(photos)
+    assert 0.98 < np.mean(levels == 1) < 1
+    assert set(levels) == {1, 2, 3}
+    for level in (1, 2, 3):
+        found = {photo["id"] for photo in everything(flickr, **QUARTER, safe_search=level)}
+        assert found == set(photos["photo_id"][levels <= level].astype(str))
+    plain = flickr.photos.search(**QUARTER, min_upload_date="0", accuracy=1, per_page=1)["photos"]
+    assert int(plain["total"]) == np.sum(levels == 1)
 
 
 def test_without_a_limiting_agent_only_the_last_hours_are_found(flickr: Any) -> None:
@@ -294,3 +310,45 @@ def test_bad_files_are_served_as_they_are(planet: Any, world: World) -> None:
     assert Image.open(io.BytesIO(seen["cmyk"].content)).mode == "CMYK"
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(seen["huge"].content))
+
+
+def test_an_earlier_planet_has_the_photos_and_scenes_of_its_time_and_no_others(
+    planet: Any,
+    make_planet: Callable[..., Any],
+    connect_flickr: Callable[..., Any],
+    connect_ee: Callable[..., Any],
+) -> None:
+    earlier = make_planet(now=datetime(2020, 6, 1, tzinfo=UTC))
+    later, before = (
+        {photo["id"]: photo for photo in everything(connect_flickr(url), **QUARTER, extras=EXTRAS)}
+        for url in (planet.url, earlier.url)
+    )
+    is_there = {key: int(photo["dateupload"]) <= 1_590_969_600 for key, photo in later.items()}
+    assert {key for key, is_old in is_there.items() if is_old} == set(before) != set(later)
+    assert all(before[key] == later[key] for key in before)
+    urls = {
+        key: photo["url_s"].replace("https://live.staticflickr.com", "/static")
+        for key, photo in later.items()
+        if "url_s" in photo
+    }
+    for old in (True, False):
+        url = next(url for key, url in urls.items() if is_there[key] is old)
+        assert requests.get(planet.url + url, timeout=10).ok
+        assert requests.get(earlier.url + url, timeout=10).status_code == (200 if old else 404)
+
+    where = "intersects(\"{'type': 'Point', 'coordinates': [-71.8, 42.1]}\")"
+    for collection in (NAIP.collection, SENTINEL2.collection):
+        listed = [
+            {
+                scene["id"]: scene["startTime"]
+                for scene in connect_ee(url).data.listImages({"parent": collection, "filter": where})[
+                    "images"
+                ]
+            }
+            for url in (planet.url, earlier.url)
+        ]
+        old = {key for key, start in listed[0].items() if start <= "2020-06-01T00:00:00Z"}
+        assert old == set(listed[1]) != set(listed[0])
+        young = sorted(set(listed[0]) - old)[0]
+        with pytest.raises(ee.EEException, match="not found"):
+            connect_ee(earlier.url).data.getAsset(young)
