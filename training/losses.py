@@ -15,6 +15,7 @@ def image_level_loss(
     tile_of_photo: Tensor,
     temperature: float,
     others: Tensor | None = None,
+    identity: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2: a tile is close to all of its photos and far from every other photo of the batch.
 
@@ -28,6 +29,9 @@ def image_level_loss(
         tile_of_photo: (P,) int64, row in `tiles` that each photo belongs to, in any order.
         temperature: tau.
         others: (Q, D) float, photos of the batch whose tiles another process has: in denominators only.
+        identity: (P + Q,) int64, which photo each row of `photos`, then of `others`, is. Given, denominators
+            count each photo once, so that a photo under two tiles of the batch is not its own negative; None
+            counts every row, as the paper writes it.
 
     Returns:
         Scalar loss, natural logarithm.
@@ -35,10 +39,11 @@ def image_level_loss(
     Raises:
         InputError: if the shapes do not fit or there is no photo.
     """
-    _check(tiles, photos, tile_of_photo)
+    _check(tiles, photos, tile_of_photo, others, identity)
     logits = tiles @ _all(photos, others).T / temperature
     own = logits[tile_of_photo, torch.arange(len(photos), device=logits.device)]
-    return _mean_over_tiles(logits.logsumexp(dim=1)[tile_of_photo] - own, tile_of_photo, len(tiles))
+    denominator = _log_denominator(logits, identity)
+    return _mean_over_tiles(denominator[tile_of_photo] - own, tile_of_photo, len(tiles))
 
 
 def pixel_level_loss(
@@ -48,6 +53,7 @@ def pixel_level_loss(
     tile_count: int,
     temperature: float,
     others: Tensor | None = None,
+    identity: Tensor | None = None,
 ) -> Tensor:
     """Eq. 3: the patch that a photo was taken in is close to it and far from every other photo of the batch.
 
@@ -61,6 +67,9 @@ def pixel_level_loss(
         tile_count: one more than the largest number that `tile_of_photo` may hold.
         temperature: tau.
         others: (Q, D) float, photos of the batch whose tiles another process has: in denominators only.
+        identity: (P + Q,) int64, which photo each row of `photos`, then of `others`, is. Given, denominators
+            count each photo once, so that a photo under two tiles of the batch is not its own negative; None
+            counts every row, as the paper writes it.
 
     Returns:
         Scalar loss, natural logarithm.
@@ -72,13 +81,25 @@ def pixel_level_loss(
         raise InputError(
             f"Pixels {tuple(pixels.shape)} and photos {tuple(photos.shape)} must be the same shape."
         )
-    _check(pixels, photos, tile_of_photo)
+    _check(pixels, photos, tile_of_photo, others, identity)
     logits = pixels @ _all(photos, others).T / temperature
-    return _mean_over_tiles(logits.logsumexp(dim=1) - logits.diagonal(), tile_of_photo, tile_count)
+    per_photo = _log_denominator(logits, identity) - logits.diagonal()
+    return _mean_over_tiles(per_photo, tile_of_photo, tile_count)
 
 
 def _all(photos: Tensor, others: Tensor | None) -> Tensor:
     return photos if others is None else torch.cat([photos, others])
+
+
+def _log_denominator(logits: Tensor, identity: Tensor | None) -> Tensor:
+    """Logarithm of each row's denominator; of columns that are the same photo, the first counts."""
+    if identity is not None:
+        order = identity.argsort(stable=True)
+        ordered = identity[order]
+        is_repeat = torch.zeros_like(identity, dtype=torch.bool)
+        is_repeat[order[1:]] = ordered[1:] == ordered[:-1]
+        logits = logits.masked_fill(is_repeat, -torch.inf)
+    return logits.logsumexp(dim=1)
 
 
 def _mean_over_tiles(per_photo: Tensor, tile_of_photo: Tensor, tile_count: int) -> Tensor:
@@ -88,10 +109,15 @@ def _mean_over_tiles(per_photo: Tensor, tile_of_photo: Tensor, tile_count: int) 
     return (per_photo / (photos_of_tile[tile_of_photo] * tiles).to(per_photo.dtype)).sum()
 
 
-def _check(rows: Tensor, photos: Tensor, tile_of_photo: Tensor) -> None:
+def _check(
+    rows: Tensor, photos: Tensor, tile_of_photo: Tensor, others: Tensor | None, identity: Tensor | None
+) -> None:
     if rows.ndim != 2 or photos.ndim != 2 or rows.shape[1] != photos.shape[1]:
         raise InputError(
             f"Embeddings must be (N, D) and (P, D), got {tuple(rows.shape)} and {tuple(photos.shape)}."
         )
     if len(photos) == 0 or tile_of_photo.shape != (len(photos),):
         raise InputError(f"Each of the {len(photos)} photos needs a tile, got {tuple(tile_of_photo.shape)}.")
+    columns = len(photos) + (0 if others is None else len(others))
+    if identity is not None and identity.shape != (columns,):
+        raise InputError(f"Each of the {columns} photos needs an identity, got {tuple(identity.shape)}.")

@@ -24,15 +24,16 @@ def batch(counts, seed=0, width=7):
     return vectors(len(counts)), vectors(photos), vectors(photos), tile_of_photo
 
 
-def literal(query_of, photos, tile_of_photo, tile_count, tau):
-    """Eq. 2 and Eq. 3 as printed: query_of(i, j) is f_S(s_i), or f_S(s_i)[p_i^j]."""
+def literal(query_of, photos, tile_of_photo, tile_count, tau, counted=None):
+    """Eq. 2 and Eq. 3 as printed: query_of(i, j) is f_S(s_i), or f_S(s_i)[p_i^j]; `counted`: only these rows."""
     total = 0.0
+    counted = range(len(photos)) if counted is None else counted
     for i in range(tile_count):
         own = [j for j in range(len(photos)) if tile_of_photo[j] == i]
         inner = 0.0
         for j in own:
             query = query_of(i, j)
-            denominator = sum(torch.exp(query @ photos[b] / tau) for b in range(len(photos)))
+            denominator = sum(torch.exp(query @ photos[b] / tau) for b in counted)
             inner = inner - torch.log(torch.exp(query @ photos[j] / tau) / denominator)
         total = total + inner / len(own)
     return total / tile_count
@@ -152,3 +153,57 @@ def test_shares_of_a_batch_add_up_to_the_whole(counts, cut):
     torch.testing.assert_close(image_parts, image_level_loss(tiles, photos, tile_of_photo, 0.07))
     whole = pixel_level_loss(pixels, photos, tile_of_photo, len(counts), 0.07)
     torch.testing.assert_close(pixel_parts, whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(1, 5), min_size=2, max_size=5), seed=st.integers(0, 1000))
+def test_a_photo_under_several_tiles_is_not_its_own_negative_if_asked(counts, seed):
+    tiles, pixels, distinct, tile_of_photo = batch(counts)
+    # A photo is at most once under a tile, as in a training set, but under any number of tiles.
+    random = np.random.default_rng(seed)
+    identity = torch.from_numpy(np.concatenate([random.permutation(len(distinct))[:n] for n in counts]))
+    photos = distinct[identity]
+    rows = identity.tolist()
+    once = [b for b in range(len(rows)) if rows[b] not in rows[:b]]
+
+    def image(queries, identity=None):
+        return image_level_loss(queries, photos, tile_of_photo, 0.2, None, identity)
+
+    def pixel(queries, identity=None):
+        return pixel_level_loss(queries, photos, tile_of_photo, len(counts), 0.2, None, identity)
+
+    for loss, queries, row in ((image, tiles, lambda i, j: i), (pixel, pixels, lambda i, j: j)):
+        ours, theirs = queries.clone().requires_grad_(), queries.clone().requires_grad_()
+        got = loss(ours, identity)
+        each = list(theirs)
+        expected = literal(
+            lambda i, j, each=each, row=row: each[row(i, j)], photos, tile_of_photo, len(counts), 0.2, once
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+        # Where no photo is under two tiles, it is the printed equation again.
+        torch.testing.assert_close(loss(queries, torch.arange(len(photos))), loss(queries))
+
+
+def test_another_process_may_hold_the_same_photo():
+    tiles, pixels, photos, tile_of_photo = batch([2, 2, 1])
+    photos = photos[[0, 1, 1, 2, 0]]
+    identity = torch.tensor([0, 1, 1, 2, 0])
+    image_parts, pixel_parts = 0.0, 0.0
+    for rows in (slice(0, 1), slice(1, 3)):
+        own = (tile_of_photo >= rows.start) & (tile_of_photo < rows.stop)
+        count = rows.stop - rows.start
+        options = {"others": photos[~own], "identity": torch.cat([identity[own], identity[~own]])}
+        arguments = photos[own], tile_of_photo[own] - rows.start
+        image_parts += count / 3 * image_level_loss(tiles[rows], *arguments, 0.07, **options)
+        pixel_parts += count / 3 * pixel_level_loss(pixels[own], *arguments, count, 0.07, **options)
+    torch.testing.assert_close(
+        image_parts, image_level_loss(tiles, photos, tile_of_photo, 0.07, None, identity)
+    )
+    torch.testing.assert_close(
+        pixel_parts, pixel_level_loss(pixels, photos, tile_of_photo, 3, 0.07, None, identity)
+    )
+    with pytest.raises(InputError, match="needs an identity"):
+        image_level_loss(tiles, photos, tile_of_photo, 0.07, None, identity[:-1])
