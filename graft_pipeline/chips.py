@@ -21,10 +21,12 @@ from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retr
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table
+from graft_pipeline.provenance import fingerprint
 from graft_pipeline.scenes import MAX_CANDIDATES as MAX_CANDIDATES
 from graft_pipeline.scenes import candidates_for_grids, center_times, tile_grids
 from graft_pipeline.schemas import CHIPS
 from graft_pipeline.shards import read_member
+from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -327,7 +329,7 @@ def _fetch(
     served = [order for order in orders if order.scene_ids]
 
     def outcome(order: _Order) -> _Outcome:
-        return _serve(order, sensor, fetch)
+        return _kept_or_served(order, sensor, fetch, store.unfinished)
 
     with store, closing(ordered_map(outcome, served, concurrency)) as results:
         for order in without:
@@ -351,7 +353,7 @@ def _fetch(
             store.add(row, result.content)
             if progress:
                 progress(done, len(served))
-        table = store.flush()
+        table = store.finish()
     current = pc.is_in(table["tile_id"], tiles["tile_id"].combine_chunks())
     return table.filter(current).combine_chunks(), store.is_changed
 
@@ -360,6 +362,21 @@ def _row(order: _Order, attempts: int) -> dict[str, Any]:
     grid = order.grid
     values = (grid.epsg, grid.x0_m, grid.y0_m, grid.gsd_m, grid.width_px)
     return {"tile_id": order.tile_id, "attempts": attempts, **dict(zip(_GRID_COLUMNS, values, strict=True))}
+
+
+def _kept_or_served(order: _Order, sensor: Sensor, fetch: Fetch, unfinished: Unfinished) -> _Outcome:
+    """`_serve`, unless an interrupted run did."""
+    request = fingerprint(sensor, order)
+    kept = unfinished.take(order.tile_id, request)
+    if kept is not None:
+        values, content = kept
+        return _Outcome(**values, content=content or None)
+    result = _serve(order, sensor, fetch)
+    # What may pass is tried again by the next run, whether this one comes to its end or not.
+    if result.status != "failed":
+        values = {name: value for name, value in vars(result).items() if name != "content"}
+        unfinished.keep(order.tile_id, request, values, result.content or b"")
+    return result
 
 
 def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 from graft_pipeline.manifests import conform, remove_partial_files, write_table
 from graft_pipeline.schemas import Dataset
 from graft_pipeline.shards import ShardWriter, StoredItem, next_shard_number, shard_name
+from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -66,7 +68,12 @@ class StoredItems:
     """The index and the shards of one partition, grown together: a shard, then the index that names it.
 
     A process killed at any moment leaves an index that is right and at most one shard that no row names; the
-    next one overwrites it. Finished shards are never touched again.
+    next one overwrites it. Finished shards are never touched again. Which members a shard holds depends on what
+    is added alone: whoever adds the same after a kill (`unfinished` has it) makes the same shards.
+
+    Attributes:
+        unfinished: items that are fetched but in no shard yet; `finish` and full shards drop them.
+        is_changed: whether any file was written.
     """
 
     def __init__(
@@ -87,7 +94,7 @@ class StoredItems:
             existing: rows that the index holds.
             stem: first part of the shards' names.
             extension: of the members.
-            shard_size: rows after which shard and index are written.
+            shard_size: members of a shard; then it and the index are written.
         """
         self._folder = folder
         self._dataset = dataset
@@ -96,10 +103,11 @@ class StoredItems:
         self._shard_size = shard_size
         self._table = dataset.empty() if existing is None else existing
         self._rows: list[dict[str, Any]] = []
+        self._members = 0
         self._writer: ShardWriter | None = None
-        #: Whether any file was written.
         self.is_changed = False
         remove_partial_files(folder)
+        self.unfinished = Unfinished(folder)
 
     def add(self, row: dict[str, Any], content: bytes | None = None) -> None:
         """Add a row, or replace the one of the same key.
@@ -116,19 +124,25 @@ class StoredItems:
                 self._writer = ShardWriter(self._folder, shard_name(self._stem, number))
                 self._writer.__enter__()
             item = self._writer.add(f"{key}.{self._extension}", content)
+            self._members += 1
         blank = dict.fromkeys(self._dataset.schema.names)
         self._rows.append({**blank, **row, **(vars(item) if item else {})})
-        if len(self._rows) >= self._shard_size:
-            self.flush()
+        if self._members >= self._shard_size:
+            self._flush()
 
-    def flush(self) -> pa.Table:
+    def finish(self) -> pa.Table:
         """Finish the shard under way and write the index.
 
         Returns:
             All rows, as they lie in the index.
         """
+        table = self._flush()
+        self.unfinished.close()
+        return table
+
+    def _flush(self) -> pa.Table:
         writer, rows = self._writer, self._rows
-        self._writer, self._rows = None, []
+        self._writer, self._rows, self._members = None, [], 0
         if writer is not None:
             writer.__exit__(None, None, None)
         if rows:
@@ -139,14 +153,19 @@ class StoredItems:
         self._table = conform(self._table, self._dataset)
         index = self._folder / f"{self._dataset.name}.parquet"
         self.is_changed |= write_table(index, self._table, self._dataset)
+        self.unfinished.forget(row[self._dataset.key[0]] for row in rows)
         return self._table
 
     def __enter__(self) -> "StoredItems":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        # Also after an error: what was fetched before it is finished work and is not fetched twice.
-        self.flush()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the shard under way is dropped, its items are not: they make it again, whole, next time.
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.__exit__(kind, error, trace)
 
 
 def retry_day(attempts: int, today: date) -> date:

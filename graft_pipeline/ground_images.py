@@ -23,6 +23,7 @@ from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retr
 from graft_pipeline.manifests import read_table
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
 from graft_pipeline.shards import read_member
+from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -149,17 +150,15 @@ def _fetch(
         usable.select(["photo_id", "image_url"]), known, "photo_id", max_attempts, today, retry_now=retry_now
     )
 
-    def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
-        try:
-            return fetch(photo["image_url"])
-        except ItemError as error:
-            return error
-
     kept = known.filter(pc.equal(known["status"], "ok")).select(["photo_id", "phash"]).to_pylist()
     seen = _NearDuplicates()
     for stored in kept:
         seen.add(stored["photo_id"], stored["phash"])
     store = StoredItems(folder, GROUND_IMAGES, known, stem="images", extension="jpg", shard_size=shard_size)
+
+    def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
+        return _kept_or_fetched(photo, fetch, store.unfinished)
+
     with store, closing(ordered_map(outcome, todo, concurrency)) as results:
         for done, (photo, result) in enumerate(results, start=1):
             photo_id = photo["photo_id"]
@@ -180,8 +179,29 @@ def _fetch(
                     store.add({**row, "status": "rejected", "reason": "near_duplicate", "duplicate_of": twin})
             if progress:
                 progress(done, len(todo))
-        table = store.flush()
+        table = store.finish()
     return table, store.is_changed
+
+
+def _kept_or_fetched(photo: dict[str, str], fetch: Fetch, unfinished: Unfinished) -> FetchedImage | ItemError:
+    """One photo's image, or why there is none; not fetched if an interrupted run did."""
+    photo_id, url = photo["photo_id"], photo["image_url"]
+    kept = unfinished.take(photo_id, url)
+    if kept is not None:
+        values, content = kept
+        if "error" in values:
+            return ItemError(values["reason"], values["error"], is_permanent=True)
+        return FetchedImage(content, **values)
+    try:
+        image = fetch(url)
+    except ItemError as error:
+        # What may pass is tried again by the next run, whether this one comes to its end or not.
+        if error.is_permanent:
+            unfinished.keep(photo_id, url, {"reason": error.reason, "error": str(error)})
+        return error
+    values = {"width_px": image.width_px, "height_px": image.height_px, "phash": image.phash}
+    unfinished.keep(photo_id, url, values, image.content)
+    return image
 
 
 class _NearDuplicates:

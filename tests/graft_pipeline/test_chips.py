@@ -20,10 +20,11 @@ from graft_pipeline import chips, sampling
 from graft_pipeline.errors import DataError, ItemError, ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
-from graft_pipeline.manifests import conform, read_table
+from graft_pipeline.manifests import conform
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import CHIPS, SCENES
 from graft_pipeline.shards import read_member
+from graft_pipeline.unfinished import FOLDER
 
 REGION = Region.parse("N42.25W071.75", 0.25)
 #: Small chips: what is tested does not depend on their size.
@@ -221,7 +222,9 @@ def test_without_a_scene_nothing_is_asked_until_there_is_one(
     assert set(table["status"].to_pylist()) == {"ok"}
 
 
-def test_an_abort_keeps_what_was_fetched(root: UPath, tiles: pa.Table, photos: pa.Table) -> None:
+def test_an_abort_keeps_what_was_fetched_and_changes_no_byte(
+    root: UPath, tmp_path: Path, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
     imagery, bad = Imagery(), tiles["x0_m"][13].as_py()
 
     def fetch(sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
@@ -231,13 +234,36 @@ def test_an_abort_keeps_what_was_fetched(root: UPath, tiles: pa.Table, photos: p
 
     with pytest.raises(ServiceError):
         chips.update(tiles, scene_table("A"), photos, SMALL, root, fetch, **FEW)
-    table = read_table(root / "chips.parquet", CHIPS)
-    assert table is not None
-    assert set(table["tile_id"].to_pylist()) == set(tiles["tile_id"].to_pylist()[:13])
     kept = {tile["x0_m"] for tile in tiles.to_pylist()[:13]}
     table, _ = chips.update(tiles, scene_table("A"), photos, SMALL, root, imagery.fetch, **FEW)
     assert set(table["status"].to_pylist()) == {"ok"}
-    assert all(imagery.asked["A", x] == 1 for x in kept)
+    assert set(imagery.asked.values()) == {1}
+    assert kept < {x for _, x in imagery.asked}
+    undisturbed = UPath(tmp_path / "undisturbed")
+    chips.update(tiles, scene_table("A"), photos, SMALL, undisturbed, imagery.fetch, **FEW)
+    names = [
+        {Path(name).name: content for name, content in snapshot_of(f).items()} for f in (root, undisturbed)
+    ]
+    assert names[0] == names[1]
+
+
+def test_what_an_abort_left_of_another_scene_is_not_used(
+    root: UPath, tiles: pa.Table, photos: pa.Table
+) -> None:
+    imagery, calls = Imagery(), Counter()
+
+    def fetch(sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        calls["all"] += 1
+        if calls["all"] == 6:
+            raise ServiceError("Earth Engine is down. Wait.")
+        return imagery.fetch(sensor, scene_id, grid)
+
+    with pytest.raises(ServiceError):
+        chips.update(tiles, scene_table("A"), photos, SMALL, root, fetch, **FEW)
+    assert any(FOLDER in str(file) for file in root.rglob("*"))
+    table, _ = chips.update(tiles, scene_table("B"), photos, SMALL, root, imagery.fetch, **FEW)
+    assert set(table["scene_id"].to_pylist()) == {"B"}
+    assert not any(FOLDER in str(file) for file in root.rglob("*"))
 
 
 def test_later_tiles_only_append(tmp_path: Path, tiles: pa.Table, photos: pa.Table) -> None:
