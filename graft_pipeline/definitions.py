@@ -55,8 +55,7 @@ def storage(context: dg.InitResourceContext) -> Storage:
 )
 def flickr(context: dg.InitResourceContext) -> FlickrClient:
     """Photo search."""
-    settings = context.resources.world
-    return FlickrClient.from_settings(settings, pacing_file=settings.flickr_pacing_file)
+    return FlickrClient.from_settings(context.resources.world)
 
 
 @dg.resource(required_resource_keys={"world"}, description="Downloads of ground images.")

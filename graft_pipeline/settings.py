@@ -4,32 +4,61 @@ Secrets are SecretStr and come from nowhere else. What single assets may be aske
 """
 
 import os
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from graft_pipeline.errors import SettingsError
-from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
+from graft_pipeline.errors import InputError, SettingsError
+from graft_pipeline.imagery import SENSORS, Sensor, Source
 
 
-class SensorSettings(BaseModel):
-    """A sensor of a deployment's own, spelled as JSON; fields as in `graft_pipeline.imagery.Sensor`."""
+class SensorSettings(BaseModel, extra="forbid"):
+    """A sensor of a deployment's own, spelled as JSON; fields as in `graft_pipeline.imagery.Sensor`.
+
+    A standard sensor's name takes its record and changes the fields that are given:
+    `[{"name": "naip"}, {"name": "sentinel2", "cloud_rule": "chip"}]`.
+    """
 
     name: str
-    collection: str
-    bands: tuple[str, str, str]
-    gsd_m: float
+    collection: str | None = None
+    bands: tuple[str, str, str] | None = None
+    gsd_m: float | None = None
     chip_px: int = 448
     crop_px: int = 224
     display_range: tuple[float, float] | None = None
     scene_choice: Literal["newest", "closest"] = "newest"
     cloud_property: str | None = None
     max_cloud_pct: float | None = None
+    cloud_rule: Literal["scene", "chip"] = "scene"
+    mask_band: str | None = None
+    cloud_classes: tuple[int, ...] = ()
+    max_scene_cloud_pct: float | None = None
+    raw_bands: tuple[str, ...] = ()
     listed_from: str = "2015-01-01"
+    token_url: str | None = None
+    offset: int = 0
+
+    def record(self, standard: dict[str, Sensor]) -> Sensor:
+        """The sensor's record.
+
+        Args:
+            standard: records by name that a sensor of that name starts from.
+
+        Raises:
+            InputError: if no chip could be cut with it.
+        """
+        given = self.model_dump(exclude_unset=True)
+        if self.name in standard:
+            return replace(standard[self.name], **given)
+        missing = [name for name in ("collection", "bands", "gsd_m") if given.get(name) is None]
+        if missing:
+            raise InputError(f"Sensor {self.name!r} in GRAFT_SENSORS: give {', '.join(missing)}.")
+        return Sensor(**given)
 
 
 class PlanetSettings(BaseModel):
@@ -48,6 +77,22 @@ class PlanetSettings(BaseModel):
     now: datetime | None = None
     #: Real GeoTIFFs served as scenes: `{"naip": ["file.tif"]}`, keyed by a sensor's name.
     mounts: dict[str, list[str]] = Field(default_factory=dict)
+
+
+class KubernetesSettings(BaseModel):
+    """The pod that a training runs in, with `training_launcher` kubernetes."""
+
+    #: Image in which this project is installed.
+    image: str | None = None
+    #: Unset: the namespace of the process that starts it, or `default`.
+    namespace: str | None = None
+    #: Requests and limits as Kubernetes spells them: `{"limits": {"nvidia.com/gpu": "4"}}`.
+    resources: dict[str, dict[str, str]] = Field(default_factory=dict)
+    service_account: str | None = None
+    #: Secrets of the namespace that become environment variables: credentials of the object store.
+    env_secrets: tuple[str, ...] = ()
+    #: Anything else of a PodSpec: `{"nodeSelector": {"pool": "gpu"}}`.
+    pod_spec: dict[str, Any] = Field(default_factory=dict)
 
 
 class Settings(BaseSettings):
@@ -98,6 +143,16 @@ class Settings(BaseSettings):
     ee_requests_per_second: int = Field(100, gt=0)
     ee_timeout_s: float = Field(60.0, gt=0)
 
+    # --- imagery ---
+    #: Where scenes and chips come from: Earth Engine, a STAC API, or a folder of GeoTIFFs.
+    imagery: Source = "earth_engine"
+    stac_url: str = "https://planetarycomputer.microsoft.com/api/stac/v1"
+    stac_concurrency: int = Field(16, gt=0)
+    stac_requests_per_second: int = Field(100, gt=0)
+    stac_timeout_s: float = Field(60.0, gt=0)
+    #: Holds the sensors' collections as folders.
+    imagery_folder: Path | None = None
+
     # --- models ---
     #: open_clip architecture and pretrained tag (or a checkpoint file); or `local-dir:/folder` as architecture.
     foundation_architecture: str = "ViT-B-16"
@@ -109,6 +164,11 @@ class Settings(BaseSettings):
 
     #: Training recipe; unset: the paper's in production, the small one on the planet. `smoke` only tests machinery.
     recipe: Literal["paper", "planet", "smoke"] | None = None
+    #: Where encoders are trained: a process on this machine, or a pod (extra `k8s`).
+    training_launcher: Literal["subprocess", "kubernetes"] = "subprocess"
+    #: Processes of one training, under torchrun if more than one: as a rule one per GPU.
+    training_processes: int = Field(1, gt=0)
+    kubernetes: KubernetesSettings = KubernetesSettings()
     #: West, south, east, north of ground that is only evaluated on; on the planet.
     benchmark_bounds: tuple[float, float, float, float] = (-71.0, 43.0, -70.0, 43.75)
 
@@ -131,17 +191,26 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _keys_fit_the_world(self) -> "Settings":
-        keys = {
+        keys: dict[str, SecretStr | str | None] = {
             "GRAFT_FLICKR_KEY": self.flickr_key,
             "GRAFT_FLICKR_SECRET": self.flickr_secret,
-            "GRAFT_EE_PROJECT": self.ee_project,
         }
+        if self.imagery == "earth_engine":
+            keys["GRAFT_EE_PROJECT"] = self.ee_project
         missing = [name for name, value in keys.items() if value is None]
         wants_production = self.world == "production" or (self.world is None and len(missing) < len(keys))
         if wants_production and missing:
             raise ValueError(
                 f"{', '.join(missing)} not set: set all of {', '.join(keys)} for the real services, "
                 "or none of them (or GRAFT_WORLD=planet) for the embedded planet"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_pod_has_an_image(self) -> "Settings":
+        if self.training_launcher == "kubernetes" and not self.kubernetes.image:
+            raise ValueError(
+                "GRAFT_TRAINING_LAUNCHER=kubernetes needs GRAFT_KUBERNETES__IMAGE, an image with this project"
             )
         return self
 
@@ -158,8 +227,9 @@ class Settings(BaseSettings):
     @cached_property
     def sensor_records(self) -> dict[str, Sensor]:
         """The deployment's sensors by name: NAIP and Sentinel-2, unless `sensors` lists others."""
-        own = [Sensor(**sensor.model_dump()) for sensor in self.sensors]
-        return {sensor.name: sensor for sensor in (own or [NAIP, SENTINEL2])}
+        standard = {sensor.name: sensor for sensor in SENSORS[self.imagery]}
+        own = [sensor.record(standard) for sensor in self.sensors]
+        return {sensor.name: sensor for sensor in own} or standard
 
 
 def load_settings() -> Settings:

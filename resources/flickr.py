@@ -4,15 +4,17 @@ What a photo record means, and which are kept, is decided in graft_pipeline/phot
 """
 
 import functools
+import hashlib
 import itertools
 import logging
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from graft_pipeline.errors import GraftError, InputError, ServiceError, SettingsError
 from graft_pipeline.settings import Settings
@@ -39,6 +41,9 @@ SPLIT_ABOVE = 3500
 MAX_RADIUS_KM = 32.0
 #: What graft_pipeline.photos reads of a record.
 EXTRAS = "license,date_upload,date_taken,geo,tags,media,o_dims,url_s,url_n,url_w,url_m,url_z,url_c,url_l"
+
+#: Values of the argument `safe_search`: photos up to this level are found.
+_SAFETY_LEVELS = {"safe": 1, "moderate": 2, "restricted": 3}
 
 #: https://www.flickr.com/services/api/flickr.photos.search.html, "Error Codes"; 0 and 10 are outages as well.
 _TRANSIENT_CODES = frozenset({0, 10, 105, 106})
@@ -72,6 +77,22 @@ def _api_class() -> type:
     return Api
 
 
+def shared_pacing_file(key: str) -> Path:
+    """The file in which all runs of a deployment keep the pace of a key.
+
+    Args:
+        key: API key; the file is named by a hash of it, so that the key itself shows nowhere.
+
+    Returns:
+        A file in DAGSTER_HOME, which all runs of a deployment share, or else in the user's state folder.
+    """
+    import platformdirs
+
+    home = os.environ.get("DAGSTER_HOME")
+    folder = Path(home).expanduser() if home else platformdirs.user_state_path("graft-pipeline")
+    return folder / f"flickr-pace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.sqlite"
+
+
 class FlickrClient:
     """flickrapi, made complete: paced, retried, classified, split by time, unique.
 
@@ -85,6 +106,8 @@ class FlickrClient:
         timeout_s: limit of one connect, and of each wait for bytes.
         pacing_file: SQLite file that holds the pace, shared by all processes that use the key, and kept over
             restarts. None: this object's own calls only.
+        licenses: licence ids that are asked for, comma separated; empty: all.
+        safe_search: least safe photos that are asked for: `safe`, `moderate` or `restricted`.
         retries: attempts and waits per call.
 
     Attributes:
@@ -101,6 +124,8 @@ class FlickrClient:
         calls_per_hour: int = 3600,
         timeout_s: float = 30.0,
         pacing_file: Path | None = None,
+        licenses: str = "",
+        safe_search: Literal["safe", "moderate", "restricted"] = "safe",
         retries: Retries | None = None,
     ) -> None:
         if not key or not secret:
@@ -114,6 +139,9 @@ class FlickrClient:
         self._calls_per_hour = calls_per_hour
         self._timeout_s = timeout_s
         self._pacing_file = pacing_file
+        self._filters = {"safe_search": str(_SAFETY_LEVELS[safe_search])}
+        if licenses:
+            self._filters["license"] = licenses
         self._retries = retries or Retries(attempts=6)
         self._redaction = Redaction([key, secret])
         self._lock = threading.Lock()
@@ -122,14 +150,11 @@ class FlickrClient:
         self.unreachable_results = 0
 
     @classmethod
-    def from_settings(
-        cls, settings: Settings, *, pacing_file: Path | None = None, retries: Retries | None = None
-    ) -> "FlickrClient":
-        """The client of a deployment.
+    def from_settings(cls, settings: Settings, *, retries: Retries | None = None) -> "FlickrClient":
+        """The client of a deployment; outside the planet all runs share the pace of their key.
 
         Args:
-            settings: names key, secret, URL, quota and timeout.
-            pacing_file: as above.
+            settings: names key, secret, URL, quota, pacing file, filters and timeout.
             retries: as above.
 
         Raises:
@@ -140,13 +165,18 @@ class FlickrClient:
                 "Flickr needs a key and its secret: set GRAFT_FLICKR_KEY and GRAFT_FLICKR_SECRET "
                 "(https://www.flickr.com/services/apps/create), or GRAFT_WORLD=planet to run without."
             )
+        key, pacing_file = settings.flickr_key.get_secret_value(), settings.flickr_pacing_file
+        if pacing_file is None and not settings.is_planet:
+            pacing_file = shared_pacing_file(key)
         return cls(
-            settings.flickr_key.get_secret_value(),
+            key,
             settings.flickr_secret.get_secret_value(),
             url=settings.flickr_url,
             calls_per_hour=settings.flickr_calls_per_hour,
             timeout_s=settings.flickr_timeout_s,
             pacing_file=pacing_file,
+            licenses=settings.flickr_licenses,
+            safe_search=settings.flickr_safe_search,
             retries=retries,
         )
 
@@ -240,6 +270,7 @@ class FlickrClient:
         """One page of a search: its records with an id, and how many the whole search has."""
         answer = self._call(
             **where,
+            **self._filters,
             min_upload_date=str(start_s),
             # Flickr's bound is inclusive, our windows are half-open.
             max_upload_date=str(end_s - 1),
@@ -406,7 +437,8 @@ class FlickrClient:
     def _pacing_error(self, error: Exception) -> GraftError:
         return SettingsError(
             f"The pace of Flickr calls cannot be kept in {self._pacing_file} ({error}): "
-            "make its folder writable, or delete the file if it is damaged."
+            "make its folder writable, set GRAFT_FLICKR_PACING_FILE to another place on a local disk, "
+            "or delete the file if it is damaged."
         )
 
 

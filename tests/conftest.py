@@ -18,10 +18,11 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 def _no_settings_from_outside(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No GRAFT_ variable or .env of the developer's machine reaches a test."""
+    """No GRAFT_ variable, .env or state of the developer's machine reaches a test."""
     for name in list(os.environ):
-        if name.startswith("GRAFT_"):
+        if name.startswith("GRAFT_") or name == "DAGSTER_HOME":
             monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path_factory.getbasetemp() / "no.env"))
 
 

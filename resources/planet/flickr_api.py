@@ -31,7 +31,7 @@ RESULT_CEILING = 4000
 MAX_PER_PAGE, MAX_PER_PAGE_GEO, DEFAULT_PER_PAGE = 500, 250, 100
 MAX_RADIUS_KM = 32.0
 MAX_BBOX_DEG2 = 100.0
-#: Share of photos that are not safe; a quarter of them is restricted. Every key may see them here: the real site
+#: Share of photos that are not safe; half of them are restricted. Every key may see them here: the real site
 #: shows them to users who have signed in only.
 UNSAFE_SHARE = 0.01
 #: The planet's own code for a place that is none; Flickr's is not documented.
@@ -228,7 +228,7 @@ def safety_levels(photos: np.ndarray) -> np.ndarray:
         (N,) int: 1 safe, 2 moderate, 3 restricted.
     """
     draw = uniforms(salt("safety"), photos["photo_id"].astype(np.int64))
-    return 1 + (draw < UNSAFE_SHARE).astype(np.int64) + (draw < UNSAFE_SHARE / 4)
+    return 1 + (draw < UNSAFE_SHARE).astype(np.int64) + (draw < UNSAFE_SHARE / 2)
 
 
 class _Nonces:

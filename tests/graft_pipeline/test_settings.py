@@ -36,6 +36,15 @@ def test_a_wrong_value_is_named_and_a_secret_in_it_is_not(monkeypatch: pytest.Mo
     assert "s-visible-nowhere" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("GRAFT_FLICKR_LICENSES", "4, 5"), ("GRAFT_FLICKR_SAFE_SEARCH", "1")]
+)
+def test_filters_are_spelled_in_one_way(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name):
+        load_settings()
+
+
 def test_an_env_file_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my.env").write_text("GRAFT_PLANET__SEED=7\nGRAFT_ROOT=somewhere\n")
     monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "my.env"))

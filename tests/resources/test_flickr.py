@@ -10,9 +10,10 @@ import tenacity
 from pydantic import SecretStr
 
 from graft_pipeline.errors import GraftError, InputError, ServiceError, SettingsError
-from graft_pipeline.settings import Settings
-from resources.flickr import PAGE_SIZE, RESULT_LIMIT, FlickrClient
+from graft_pipeline.settings import Settings, load_settings
+from resources.flickr import PAGE_SIZE, RESULT_LIMIT, FlickrClient, shared_pacing_file
 from resources.http import Retries
+from resources.world import open_world
 
 KEY, SECRET = "0123456789abcdef0123456789abcdef", "fedcba9876543210"
 START = datetime(2015, 1, 1, tzinfo=UTC)
@@ -82,6 +83,8 @@ def test_request_is_what_flickr_documents(scripted, reply):
         "1",
     )
     assert (form["sort"], form["per_page"], form["page"]) == ("date-posted-asc", "250", "1")
+    assert form["safe_search"] == "1"
+    assert "license" not in form
     assert {"geo", "date_upload", "date_taken", "tags", "license", "url_n", "url_l"} <= set(
         form["extras"].split(",")
     )
@@ -255,7 +258,7 @@ def test_neither_key_nor_secret_shows_anywhere(scripted, reply, everything_logge
     assert SECRET not in text
 
 
-def test_settings_name_everything(scripted, reply):
+def test_settings_name_everything(scripted, reply, tmp_path):
     server = scripted(lambda request: reply(page([])))
     settings = Settings(
         world="planet",
@@ -263,9 +266,15 @@ def test_settings_name_everything(scripted, reply):
         flickr_secret=SecretStr(SECRET),
         flickr_url=server.url + "/elsewhere/",
         flickr_calls_per_hour=10**8,
+        flickr_licenses="4,5",
+        flickr_safe_search="restricted",
+        flickr_pacing_file=tmp_path / "pace.sqlite",
     )
     search(FlickrClient.from_settings(settings))
     assert server.requests[0].path == "/elsewhere/"
+    form = server.requests[0].form
+    assert (form["license"], form["safe_search"]) == ("4,5", "3")
+    assert (tmp_path / "pace.sqlite").is_file()
 
 
 @pytest.mark.parametrize("missing", ["flickr_key", "flickr_secret"])
@@ -300,6 +309,59 @@ def test_calls_are_paced(scripted, reply):
         search(flickr)
         _, limiter = flickr._opened
         assert not limiter.try_acquire("flickr", blocking=False)
+
+
+#: Reads the settings as a run does and says whether one more call is allowed now.
+ANOTHER_RUN = """
+from graft_pipeline.settings import load_settings
+from resources.flickr import FlickrClient
+_, limiter = FlickrClient.from_settings(load_settings())._open()
+print("may call" if limiter.try_acquire("flickr", timeout=1) else "must wait")
+"""
+
+
+def test_all_runs_share_the_pace_of_a_key_by_default(scripted, reply, tmp_path, monkeypatch):
+    """At a call an hour, so that no machine is too slow: the next run, in its own process, must wait."""
+    server = scripted(lambda request: reply(page([])))
+    for name, value in {
+        "DAGSTER_HOME": str(tmp_path),
+        "GRAFT_WORLD": "production",
+        "GRAFT_FLICKR_KEY": KEY,
+        "GRAFT_FLICKR_SECRET": SECRET,
+        "GRAFT_EE_PROJECT": "p",
+        "GRAFT_FLICKR_URL": server.url + "/services/rest/",
+        "GRAFT_FLICKR_CALLS_PER_HOUR": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def another_run():
+        done = subprocess.run([sys.executable, "-c", ANOTHER_RUN], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    with FlickrClient.from_settings(load_settings()) as flickr:
+        search(flickr)
+    assert another_run() == "must wait"
+    with FlickrClient.from_settings(load_settings()) as again:
+        _, limiter = again._open()
+        assert not limiter.try_acquire("flickr", timeout=1)
+    monkeypatch.setenv("GRAFT_FLICKR_KEY", KEY[::-1])
+    assert another_run() == "may call"
+    names = [file.name for file in tmp_path.iterdir() if file.suffix == ".sqlite"]
+    assert len(names) == 2
+    assert not any(KEY[:8] in name or KEY[::-1][:8] in name for name in names)
+
+
+def test_without_dagster_home_the_pace_is_kept_in_the_users_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert tmp_path in shared_pacing_file(KEY).parents
+
+
+def test_on_the_planet_no_pace_is_shared(planet, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    settings = Settings(_env_file=None, planet={"url": planet.url})
+    with open_world(settings) as world, FlickrClient.from_settings(world) as flickr:
+        search(flickr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_pacing_file_is_explained(free_url, tmp_path):
@@ -362,6 +424,19 @@ def test_planet_windows_add_up(planet):
     late = {row["id"] for row in flickr.search(*PLACE, 3.0, middle, ALL_TIME[1])}
     assert early | late == whole
     assert not early & late
+
+
+def test_planet_is_asked_for_licences_and_safety(planet):
+    every = list(client(planet.url, safe_search="restricted").search(*PLACE, 3.0, *ALL_TIME))
+    some = list(client(planet.url, safe_search="restricted", licenses="4,5").search(*PLACE, 3.0, *ALL_TIME))
+    wanted = {row["id"] for row in every if row["license"] in ("4", "5")}
+    assert 0 < len(wanted) < len(every)
+    assert {row["id"] for row in some} == wanted
+    found = [
+        len(list(client(planet.url, safe_search=level).search(*PLACE, 6.0, *ALL_TIME)))
+        for level in ("safe", "moderate", "restricted")
+    ]
+    assert found[0] < found[1] < found[2]
 
 
 def test_planet_search_beyond_the_ceiling_is_split(planet):
