@@ -16,22 +16,26 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from graft_pipeline.errors import GraftError, InputError, ItemError, ServiceError, SettingsError
+from graft_pipeline.errors import GraftError, InputError, ServiceError, SettingsError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.settings import Settings
 from resources.http import (
-    TRANSIENT_STATUSES,
-    BodyTooLargeError,
     Breaker,
-    BrokenBodyError,
     HttpPool,
+    Pace,
     Retries,
     TransientError,
-    UnreachableError,
     host_of,
     is_http_url,
     parse_retry_after,
+)
+from resources.imagery import (
+    TRANSPORT_ERRORS,
+    RequestError,
+    chip_or_item_error,
+    status_failure,
+    transport_failure,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,9 +108,8 @@ class EarthEngine:
         )
         self.concurrency = concurrency
         self.requests = 0
-        self._requests_per_second = requests_per_second
         self._retries = retries or Retries()
-        self._slots = threading.BoundedSemaphore(concurrency)
+        self._pace = Pace("earth_engine", concurrency=concurrency, requests_per_second=requests_per_second)
         self._breaker = Breaker("Earth Engine", url, limit=max(20, 2 * concurrency))
         self._lock = threading.Lock()
 
@@ -233,18 +236,7 @@ class EarthEngine:
         def attempt() -> NDArray[Any]:
             return decode_chip(self._request(lambda ee: ee.data.getPixels(request)), sensor, grid)
 
-        try:
-            chip = self._retries.call(attempt)
-        except TransientError as error:
-            self._raise_if_unreachable(error)
-            self._breaker.failed(str(error))
-            raise ItemError(error.reason, f"{scene_id}: {error}", is_permanent=False) from None
-        except _RequestError as error:
-            self._breaker.succeeded()
-            reason = "scene_missing" if error.status == 404 else "bad_request"
-            raise ItemError(reason, f"{scene_id}: {error}", is_permanent=True) from None
-        self._breaker.succeeded()
-        return chip
+        return chip_or_item_error(scene_id, attempt, self._retries, self._breaker, self._unreachable)
 
     def _list_page(self, sensor: Sensor, query: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -252,49 +244,32 @@ class EarthEngine:
                 lambda: _checked_page(self._request(lambda ee: ee.data.listImages(query)))
             )
         except TransientError as error:
-            self._raise_if_unreachable(error)
+            if error.is_unreachable:
+                raise self._unreachable(error) from None
             raise ServiceError(
                 f"Earth Engine ({host_of(self._target.url)}) keeps failing to list {sensor.collection}: "
                 f"{error}. Run again later: finished work is kept."
             ) from None
-        except _RequestError as error:
+        except RequestError as error:
             raise InputError(
                 f"Earth Engine cannot list {sensor.collection} ({error}): check the sensor's collection, its "
                 "cloud property and the region."
             ) from None
 
-    def _raise_if_unreachable(self, error: TransientError) -> None:
-        if error.is_unreachable:
-            raise ServiceError(
-                f"Earth Engine cannot be reached at {host_of(self._target.url)}: {error}. Check the network, "
-                "the proxy (HTTPS_PROXY) and GRAFT_EE_URL, then run again: finished work is kept."
-            ) from None
+    def _unreachable(self, error: TransientError) -> ServiceError:
+        return ServiceError(
+            f"Earth Engine cannot be reached at {host_of(self._target.url)}: {error}. Check the network, "
+            "the proxy (HTTPS_PROXY) and GRAFT_EE_URL, then run again: finished work is kept."
+        )
 
     def _request(self, call: Callable[[Any], Result]) -> Result:
         """One attempt of a call of the ee library, within the limits, its errors classified."""
-        with self._slots:
-            self._limiter.try_acquire("earth_engine")
-            with _SESSION.use(self._target, self._count) as ee, _classified():
-                return call(ee)
-
-    @functools.cached_property
-    def _limiter(self) -> Any:
-        from pyrate_limiter import Duration, Limiter, Rate, StateBucket
-
-        rate = Rate(self._requests_per_second, Duration.SECOND, burst=max(1, self._requests_per_second // 10))
-        return Limiter(StateBucket([rate]), buffer_ms=1)
+        with self._pace.slot(), _SESSION.use(self._target, self._count) as ee, _classified():
+            return call(ee)
 
     def _count(self) -> None:
         with self._lock:
             self.requests += 1
-
-
-class _RequestError(Exception):
-    """Earth Engine refused a request for what it asks; asking again does not help."""
-
-    def __init__(self, message: str, status: int | None) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class _Transport:
@@ -396,7 +371,7 @@ class _Session:
                     project=target.project,
                     http_transport=self._transport,
                 )
-        except _RequestError as error:
+        except RequestError as error:
             message = (
                 f"{host_of(target.url)} does not answer as Earth Engine does ({error}): "
                 "check GRAFT_EE_URL and GRAFT_EE_PROJECT."
@@ -465,7 +440,7 @@ def _classified() -> Iterator[None]:
     except googleapiclient.errors.HttpError as error:
         failure = _of_status(error)
     except googleapiclient.errors.UnknownApiNameOrVersion:
-        failure = _RequestError("no API description", 404)
+        failure = RequestError("no API description", 404)
     except googleapiclient.errors.Error as error:
         failure = TransientError("unreadable", f"the answer is not Earth Engine's ({type(error).__name__})")
     except google.auth.exceptions.TransportError as error:
@@ -475,16 +450,8 @@ def _classified() -> Iterator[None]:
             failure = TransientError("connection", f"no token from Google: {error}")
         else:
             failure = _refused(str(error.args[0]) if error.args else type(error).__name__)
-    except UnreachableError as error:
-        failure = TransientError("unreachable", str(error), is_unreachable=True)
-    except BrokenBodyError as error:
-        failure = TransientError("truncated", str(error))
-    except TimeoutError as error:
-        failure = TransientError("timeout", str(error))
-    except ConnectionError as error:
-        failure = TransientError("connection", str(error))
-    except BodyTooLargeError as error:
-        failure = TransientError("invalid_pixels", str(error))
+    except TRANSPORT_ERRORS as error:
+        failure = transport_failure(error)
     raise failure
 
 
@@ -493,12 +460,8 @@ def _of_status(error: Any) -> Exception:
     status = int(error.status_code)
     message = f"HTTP {status}: {error.reason or error.resp.reason}"
     is_quota = status == 403 and b"ratelimitexceeded" in (error.content or b"").lower()
-    if status in TRANSIENT_STATUSES or is_quota:
-        reason = "rate_limited" if status == 429 or is_quota else "unavailable"
-        return TransientError(reason, message, retry_after_s=parse_retry_after(error.resp.get("retry-after")))
-    if status in (401, 403):
-        return _refused(message)
-    return _RequestError(message, status)
+    retry_after_s = parse_retry_after(error.resp.get("retry-after"))
+    return status_failure(status, message, retry_after_s, _refused, is_quota=is_quota)
 
 
 def _of_text(message: str) -> Exception:

@@ -11,7 +11,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
@@ -65,6 +66,7 @@ class TransientError(Exception):
         retry_after_s: least wait that the server asked for, seconds.
         is_unreachable: whether there was no connection at all.
         is_quick: whether the server answered in good order, so that nothing is gained by waiting long.
+        is_exhausted: whether it was tried as often as allowed; retries around those retries pass it on.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class TransientError(Exception):
         retry_after_s: float | None = None,
         is_unreachable: bool = False,
         is_quick: bool = False,
+        is_exhausted: bool = False,
     ) -> None:
         super().__init__(message)
         self.is_quick = is_quick
         self.reason = reason
         self.retry_after_s = retry_after_s
         self.is_unreachable = is_unreachable
+        self.is_exhausted = is_exhausted
 
 
 @dataclass(frozen=True)
@@ -349,11 +353,19 @@ class Retries:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._attempts),
             wait=self._wait_s,
-            retry=tenacity.retry_if_exception_type(TransientError),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, TransientError) and not error.is_exhausted
+            ),
             before_sleep=_log_retry,
             reraise=True,
         )
-        return retrying(function)
+        try:
+            return retrying(function)
+        except TransientError as error:
+            # A new one: threads may share the instance that was raised.
+            raise TransientError(
+                error.reason, str(error), is_unreachable=error.is_unreachable, is_exhausted=True
+            ) from error
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -369,6 +381,31 @@ def _log_retry(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     sleep = state.next_action.sleep if state.next_action else 0.0
     logger.info("Attempt %d failed (%s); next in %.1f s", state.attempt_number, error, sleep)
+
+
+class Pace:
+    """The limits of one service, shared by all threads that call it.
+
+    Args:
+        name: of the service.
+        concurrency: requests at the same time.
+        requests_per_second: pace; a tenth of a second's worth may go out at once.
+    """
+
+    def __init__(self, name: str, *, concurrency: int, requests_per_second: int) -> None:
+        from pyrate_limiter import Duration, Limiter, Rate, StateBucket
+
+        rate = Rate(requests_per_second, Duration.SECOND, burst=max(1, requests_per_second // 10))
+        self._limiter = Limiter(StateBucket([rate]), buffer_ms=1)
+        self._name = name
+        self._slots = threading.BoundedSemaphore(concurrency)
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Wait for the turn of one request; the next may have it when the context closes."""
+        with self._slots:
+            self._limiter.try_acquire(self._name)
+            yield
 
 
 class Breaker:

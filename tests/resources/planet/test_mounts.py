@@ -167,7 +167,7 @@ def test_names_dates_and_collections(tmp_path: Path) -> None:
     assert [band.name for band in five.bands] == ["R", "G", "B", "N", "B5"]
     (sentinel,) = scenes[SENTINEL2.collection]
     assert [band.name for band in sentinel.bands] == ["X", "Y"]
-    assert sentinel.asset()["startTime"] == "2017-05-06T00:00:00Z"
+    assert sentinel.asset()["startTime"] == "2017-05-06T01:02:03Z"
     assert sentinel.properties["CLOUDY_PIXEL_PERCENTAGE"] == 0.25
     (plain,) = scenes["OTHER/THING"]
     assert plain.scene_id == "OTHER/THING/plain"
