@@ -31,7 +31,18 @@ def words(texts):
 # --- prompts and classification ---
 
 
-@pytest.mark.parametrize(("name", "count"), [("planet", 12), ("eurosat", 10)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("planet", 12),
+        ("eurosat", 10),
+        ("bigearthnet", 19),
+        ("bigearthnet43", 43),
+        ("sat4", 4),
+        ("sat6", 6),
+        ("satlas", 11),
+    ],
+)
 def test_prompt_sets_that_come_with_the_package(name, count):
     prompts = load_prompts(name)
     assert len(prompts.names) == count

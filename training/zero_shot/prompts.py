@@ -1,4 +1,4 @@
-"""Prompt sets: names of classes and templates around them, read from the JSON files beside this module.
+"""Prompt sets: names of classes and templates around them, read from the JSON files in prompt_sets/.
 
 How prompts become class embeddings is in classify.py.
 """
@@ -75,8 +75,8 @@ def load_prompts(name: str | Path) -> PromptSet:
     """Read a prompt set.
 
     Args:
-        name: `planet`, `land_cover`, `eurosat` ..., a file beside this module; or a JSON file with
-            `templates` (list) and `classes` (name to list of words).
+        name: `planet`, `eurosat`, `bigearthnet` ..., a file in prompt_sets/; or a JSON file with `templates`
+            (list) and `classes` (name to list of words).
 
     Returns:
         The set.
@@ -84,7 +84,7 @@ def load_prompts(name: str | Path) -> PromptSet:
     Raises:
         InputError: if there is no such set, or it is malformed.
     """
-    builtin = resources.files(__package__)
+    builtin = resources.files(__package__) / "prompt_sets"
     source = Path(name) if str(name).endswith(".json") else builtin / f"{name}.json"
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
