@@ -31,6 +31,9 @@ class Crops:
     chip_px: int
     crop_px: int
 
+    def __len__(self) -> int:
+        return len(self.matrix)
+
     def part(self, rows: slice) -> "Crops":
         """Some of the crops.
 

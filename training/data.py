@@ -5,10 +5,12 @@ How crops are cut is in augment.py; how a training set is put together, in graft
 
 import logging
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import islice
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _EMBEDDINGS = "ground_embeddings.npy"
 _TABLE = "training_set.parquet"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +157,7 @@ class Chips:
             threads: threads that decode; 0: one per core, at most eight.
 
         Raises:
-            DataError: if a chip cannot be decoded or has another size.
+            DataError: if a chip cannot be read or decoded, or has another size.
         """
         self._tiles, self._root, self._chip_px = tiles, storage_root, chip_px
         self.side_px, self.scale = side_px, side_px / chip_px
@@ -171,7 +175,7 @@ class Chips:
             (B, side_px, side_px, 3) uint8, RGB.
 
         Raises:
-            DataError: if a chip cannot be decoded or has another size.
+            DataError: if a chip cannot be read or decoded, or has another size.
         """
         return self._decode(tiles) if self._all is None else self._all[tiles]
 
@@ -181,10 +185,14 @@ class Chips:
         def decode_one(row: int) -> None:
             tile = tiles[row]
             shard = self._tiles.shard[tile]
-            content = read_member(
-                self._root, shard, int(self._tiles.offset[tile]), int(self._tiles.size_bytes[tile])
-            )
-            chip = decode(content)
+            offset, size_bytes = int(self._tiles.offset[tile]), int(self._tiles.size_bytes[tile])
+            try:
+                chip = decode(read_member(self._root, shard, offset, size_bytes))
+            except DataError as error:
+                raise DataError(
+                    f"Chip {self._tiles.tile_id[tile]}, at byte {offset} of {shard}: {error} Then start the "
+                    "training again; it goes on at its last checkpoint."
+                ) from error
             if chip.shape != (self._chip_px, self._chip_px, 3):
                 raise DataError(
                     f"Chip {self._tiles.tile_id[tile]} in {shard} is {chip.shape}, not {self._chip_px} px: "
@@ -192,7 +200,7 @@ class Chips:
                 )
             out[row] = reduce_chips(chip[None], self.side_px)[0]
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="chips") as pool:
             # list() raises the first error of a worker.
             list(pool.map(decode_one, range(len(tiles))))
         return out
@@ -207,9 +215,11 @@ class Batch:
         crops: the crop of each chip.
         photos: (P, D) float32, f_G of the photos.
         photo_row: (P,) int64, photo rows of the split.
+        identity: (P,) int64, row of each photo in the ground embeddings: equal for equal photos.
         tile_of_photo: (P,) int64, chip of the batch that each photo belongs to.
         position: (P, 2) float64, (column, row) of each photo in its crop, pixels; all inside.
-        others: (Q, D) float32, f_G of the photos of tiles that other processes have.
+        others: (Q, D) float32, f_G of the photos of tiles that other processes or parts have.
+        others_identity: (Q,) int64, row of each of them in the ground embeddings.
         share: tiles with a photo here, as a share of those of all processes; 1 for a process alone.
     """
 
@@ -217,9 +227,11 @@ class Batch:
     crops: Crops
     photos: NDArray[np.float32]
     photo_row: NDArray[np.int64]
+    identity: NDArray[np.int64]
     tile_of_photo: NDArray[np.int64]
     position: NDArray[np.float64]
     others: NDArray[np.float32]
+    others_identity: NDArray[np.int64]
     share: float
 
     def part(self, rows: slice) -> "Batch":
@@ -238,11 +250,32 @@ class Batch:
             crops=self.crops.part(rows),
             photos=self.photos[own],
             photo_row=self.photo_row[own],
+            identity=self.identity[own],
             tile_of_photo=self.tile_of_photo[own] - rows.start,
             position=self.position[own],
             others=np.concatenate([self.others, self.photos[: own.start], self.photos[own.stop :]]),
+            others_identity=np.concatenate(
+                [self.others_identity, self.identity[: own.start], self.identity[own.stop :]]
+            ),
             share=self.share * with_photo / max(1, len(np.unique(self.tile_of_photo))),
         )
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The batch cut up, so that not all of its activations are in memory at once.
+
+        Every part keeps the photos of the others in its denominators: losses times shares, and their gradients,
+        add up to those of the whole batch.
+
+        Args:
+            count: number of parts; fewer if there are fewer tiles.
+
+        Returns:
+            The parts, alike in size to one tile; the batch itself for one.
+        """
+        if count == 1:
+            return [self]
+        rows = np.array_split(np.arange(len(self.chips)), min(count, len(self.chips)))
+        return [self.part(slice(some[0], some[-1] + 1)) for some in rows]
 
 
 class Batches:
@@ -278,8 +311,10 @@ class Batches:
             max_shift: see `augment.random_crops`.
             seed: seed of everything that is drawn.
             rank: number of this process.
-            size: number of processes; each has an equal part of every batch, and draws all of it but the chips,
-                so that no photo has to be sent around.
+            size: number of processes; each has an equal part of every batch, and draws all of it but the chips.
+                Embeddings are a file that all processes see and what is drawn depends on seed and step alone, so
+                each process reads the very rows, in the very order, that gathering them from all processes
+                (without gradient: they are frozen) would give it, and no photo is sent around.
 
         Raises:
             DataError: if there are fewer tiles than processes.
@@ -319,22 +354,37 @@ class Batches:
             self._tiles, self._chips, self._embeddings, tiles, crops, self._photos_per_tile, random, own
         )
 
-    def stream(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches of the steps `first` to `last - 1`, each prepared while its predecessor is used.
+    def stream(self, first: int, last: int, place: Callable[[Batch], T], prefetch: int = 1) -> Iterator[T]:
+        """Batches of the steps `first` to `last - 1`, prepared beside the work on their predecessors.
 
         Args:
             first: first step.
             last: one more than the last step.
+            place: what is done with each batch at last, on the thread that prepares it, such as copying it to a
+                device.
+            prefetch: batches that are prepared ahead of the one in use.
 
         Yields:
-            The batches.
+            What `place` made of the batches.
+
+        Raises:
+            DataError: if a chip cannot be read or decoded, or has another size.
         """
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.draw, first) if first < last else None
-            for step in range(first, last):
-                batch = coming.result()
-                coming = pool.submit(self.draw, step + 1) if step + 1 < last else None
-                yield batch
+
+        def prepare(step: int) -> T:
+            return place(self.draw(step))
+
+        steps = iter(range(first, last))
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            coming = deque(pool.submit(prepare, step) for step in islice(steps, prefetch))
+            try:
+                while coming:
+                    ready = coming.popleft().result()
+                    coming.extend(pool.submit(prepare, step) for step in islice(steps, 1))
+                    yield ready
+            finally:
+                # Whoever stops early does not wait for batches that nobody will use.
+                pool.shutdown(cancel_futures=True)
 
 
 def assemble(
@@ -377,9 +427,11 @@ def assemble(
         crops=crops,
         photos=np.asarray(embeddings[tiles.embedding_row[photo_row[kept]]], dtype=np.float32),
         photo_row=photo_row[kept],
+        identity=tiles.embedding_row[photo_row[kept]],
         tile_of_photo=tile_of_photo[kept],
         position=position[kept],
         others=np.empty((0, embeddings.shape[1]), dtype=np.float32),
+        others_identity=np.empty(0, dtype=np.int64),
         share=1.0,
     )
     return replace(whole.part(own), chips=chips.take(chosen[own]))

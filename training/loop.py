@@ -3,13 +3,15 @@
 Batches come from data.py, losses from losses.py; known-good configurations are in recipes.py.
 """
 
+import contextlib
 import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from upath import UPath
 
-from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.errors import DataError, InputError, TrainingError
 from graft_pipeline.imagery import NAIP, Sensor
 from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.provenance import code_version, fingerprint
@@ -47,7 +49,8 @@ class TrainConfig:
         architecture: foundation model, as in `encoders.load_clip`.
         pretrained: its weights, as in `encoders.load_clip`.
         sensor: whose chips these are; gives chip and crop size.
-        steps: optimizer steps.
+        epochs: passes over the training split.
+        steps: optimizer steps; given, they count instead of the epochs.
         batch_tiles: N_B, tiles per step; the whole split if it is smaller.
         photos_per_tile: at most so many photos of a tile and step.
         learning_rate: peak of the schedule.
@@ -56,11 +59,20 @@ class TrainConfig:
         betas: of AdamW.
         grad_clip: largest gradient norm.
         temperature: tau, fixed.
+        mask_shared_photos: a photo that lies under two tiles of a batch is not its own negative; off is the
+            paper.
         max_shift: largest move of a crop in x and y, as a share of its side; see `augment.random_crops`.
         validate_every: steps between validations, which are also the checkpoints.
         validation_tiles: at most so many tiles of the validation split are looked at.
-        chip_memory_gb: reduced chips are kept in memory up to this size.
         precision: `bf16` runs the encoder under autocast.
+        accumulation_steps: parts that a step's batch is computed in, so that activations of one part are in
+            memory at a time; loss and gradient stay those of the whole batch.
+        grad_checkpointing: activations of a block are computed again for the gradient, instead of kept.
+        compile: torch.compile of the encoder: faster steps after a slow first one.
+        chip_memory_gb: reduced chips are kept in memory up to this size; above it they are decoded for each
+            batch.
+        decode_threads: threads that decode chips; None: one per core, at most eight.
+        prefetch_batches: batches that are prepared ahead of the one in use.
         device: `auto`, `cpu`, `cuda`, `cuda:1` ...
         threads: CPU threads of PyTorch; None: as they are set.
         seed: seed of order, crops and drawn photos.
@@ -70,20 +82,27 @@ class TrainConfig:
     architecture: str = "ViT-B-16"
     pretrained: str | None = "openai"
     sensor: Sensor = NAIP
-    steps: int = 20_000
+    epochs: float = 10.0
+    steps: int | None = None
     batch_tiles: int = 256
     photos_per_tile: int = 25
     learning_rate: float = 1e-5
     warmup_steps: int = 500
-    weight_decay: float = 0.05
+    weight_decay: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.98)
     grad_clip: float = 1.0
     temperature: float = 0.07
+    mask_shared_photos: bool = False
     max_shift: float = 0.5
     validate_every: int = 500
     validation_tiles: int = 512
-    chip_memory_gb: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation_steps: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+    chip_memory_gb: float = 1.0
+    decode_threads: int | None = None
+    prefetch_batches: int = 2
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -91,16 +110,37 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Reject configurations that cannot train."""
         positive = (
+            "epochs",
             "steps",
             "batch_tiles",
             "photos_per_tile",
             "learning_rate",
             "temperature",
             "validate_every",
+            "accumulation_steps",
+            "decode_threads",
+            "prefetch_batches",
+            "threads",
         )
-        wrong = [name for name in positive if getattr(self, name) <= 0]
+        wrong = [name for name in positive if getattr(self, name) is not None and getattr(self, name) <= 0]
         if wrong:
             raise InputError(f"{', '.join(wrong)} of a TrainConfig must be positive.")
+        for name, known in (("level", ("image", "pixel")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} of a TrainConfig must be one of {', '.join(known)}.")
+
+
+#: Fields that decide what a training costs, not what it learns: a run may go on with others of them.
+COST_FIELDS = (
+    "accumulation_steps",
+    "grad_checkpointing",
+    "compile",
+    "chip_memory_gb",
+    "decode_threads",
+    "prefetch_batches",
+    "device",
+    "threads",
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +198,10 @@ class TrainResult:
             split.
         train_tiles: tiles of the training split.
         train_photos: (tile, photo) pairs of the training split.
+        steps: optimizer steps of the whole run.
+        tiles_per_second: tiles of all processes that this call's steps took in, validations left out; None if
+            the run was at its end already.
+        waiting_share: share of that time in which the step waited for its batch.
         seconds: wall time of this call.
         cpu_seconds: CPU time of this process in this call.
         peak_memory_gb: largest resident memory of this process so far.
@@ -171,6 +215,9 @@ class TrainResult:
     best_step: int
     train_tiles: int
     train_photos: int
+    steps: int
+    tiles_per_second: float | None
+    waiting_share: float | None
     seconds: float
     cpu_seconds: float
     peak_memory_gb: float
@@ -219,12 +266,13 @@ def train(
         SettingsError: if the foundation model cannot be loaded.
         InputError: if the training set is not there, or the tower has no patch tokens for the pixel level.
         DataError: if chips or embeddings do not fit the configuration.
-        TrainingError: if the loss is no finite number any more.
+        TrainingError: if the loss is no finite number any more, or memory does not suffice; the last checkpoint is
+            intact.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
     if config.threads:
         torch.set_num_threads(config.threads)
-    with join_team(resolve_device(config.device)) as (team, device):
+    with _advice_on_memory(config), join_team(resolve_device(config.device)) as (team, device):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         clip = load_clip(config.architecture, config.pretrained, device)
@@ -234,12 +282,22 @@ def train(
         data = TrainingSet(training_set_folder, storage_root)
         _check_width(data, clip)
         trainer = _Trainer(config, clip, data, device, team)
-        identity = fingerprint(asdict(config), data.fingerprint, foundation_id, _code_version(), team.size)
-        run = _run_to_the_end(trainer, output / "checkpoints", identity, progress if team.is_first else None)
+        # The foundation model is known by its content, not by the folder that it was loaded from.
+        learnt = asdict(config)
+        for name in (*COST_FIELDS, "architecture", "pretrained", "batch_tiles"):
+            learnt.pop(name)
+        identity = fingerprint(
+            learnt, data.fingerprint, foundation_id, _code_version(), trainer.batches.batch_tiles
+        )
+        run, pace = _run_to_the_end(
+            trainer, output / "checkpoints", identity, progress if team.is_first else None
+        )
         if team.is_first:
             curves = {"history": run.history, "validations": run.validations}
             write_bytes_atomic(output / "history.json", (json.dumps(curves, indent=1) + "\n").encode())
-            card = model_card(config, data, clip, foundation_id, run.validations, run.best_step)
+            card = model_card(
+                config, data, clip, foundation_id, run.validations, run.best_step, trainer.steps
+            )
             save_encoder(output / "encoder", clip, card)
             for name in (_LAST, _BEST):
                 (output / "checkpoints" / name).unlink(missing_ok=True)
@@ -253,6 +311,9 @@ def train(
             best_step=run.best_step,
             train_tiles=len(trainer.tiles),
             train_photos=len(trainer.tiles.embedding_row),
+            steps=trainer.steps,
+            tiles_per_second=pace.tiles / pace.seconds if pace.tiles else None,
+            waiting_share=pace.waiting_s / pace.seconds if pace.tiles else None,
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - started_cpu,
             peak_memory_gb=peak_memory_gb(),
@@ -260,38 +321,69 @@ def train(
         )
 
 
+@dataclass
+class _Pace:
+    """What the steps of one call took."""
+
+    tiles: int = 0
+    seconds: float = 0.0
+    waiting_s: float = 0.0
+
+
 def _run_to_the_end(
     trainer: "_Trainer", checkpoints: UPath, identity: str, progress: Callable[[Progress], None] | None
-) -> _Run:
+) -> tuple[_Run, _Pace]:
     """Train from the last checkpoint or the start; leaves the best weights in the tower."""
-    config, team = trainer.config, trainer.team
+    config, team, steps = trainer.config, trainer.team, trainer.steps
     last, best = checkpoints / _LAST, checkpoints / _BEST
-    run = trainer.resume(last, identity)
+    run, pace = trainer.resume(last, identity), _Pace()
     if run is None:
         run = _Run()
         trainer.validate(run)
-    for batch in trainer.batches.stream(run.step, config.steps):
-        loss, rate = trainer.step(batch, run.step)
+    asked = time.perf_counter()
+    for parts in trainer.batches.stream(run.step, steps, trainer.place_parts, config.prefetch_batches):
+        got = time.perf_counter()
+        loss, rate = trainer.step(parts, run.step)
+        pace.tiles += trainer.batches.batch_tiles
+        pace.waiting_s += got - asked
+        pace.seconds += time.perf_counter() - asked
         run.step += 1
         run.history.append({"step": run.step, "loss": loss, "learning_rate": rate})
         validation = None
-        if run.step % config.validate_every == 0 or run.step == config.steps:
+        if run.step % config.validate_every == 0 or run.step == steps:
             validation = trainer.validate(run)
             if team.is_first:
                 if run.best_step == run.step:
                     save_checkpoint(best, trainer.weights(), {"identity": identity, "step": run.step})
                 # `last` comes second: a run killed in between goes on before `best` and writes it again.
                 save_checkpoint(last, trainer.tensors(), {"identity": identity, "run": asdict(run)})
-                logger.info(
-                    "step %d of %d: loss %.3f, validation %s", run.step, config.steps, loss, validation
-                )
+                logger.info("step %d of %d: loss %.3f, validation %s", run.step, steps, loss, validation)
         if progress:
-            progress(Progress(run.step, config.steps, loss, rate, trainer.batches.batch_tiles, validation))
+            progress(Progress(run.step, steps, loss, rate, trainer.batches.batch_tiles, validation))
+        asked = time.perf_counter()
     # Only the first process validates, so only it knows which weights were the best.
     run = team.agree(run)
     trainer.restore(best, run)
     team.wait()
-    return run
+    return run, pace
+
+
+@contextlib.contextmanager
+def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory, on any device, into a TrainingError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has a class for a full GPU only; a full host is a RuntimeError of its allocator.
+        words = str(error).lower()
+        is_full = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        if not (is_full or "out of memory" in words or "can't allocate memory" in words):
+            raise
+        raise TrainingError(
+            f"Out of memory with {config.batch_tiles} tiles a step: raise accumulation_steps (now "
+            f"{config.accumulation_steps}), set grad_checkpointing, or lower chip_memory_gb, and start again: the "
+            "run goes on at its last checkpoint. A lower batch_tiles starts it anew."
+        ) from error
 
 
 class _Features(nn.Module):
@@ -306,6 +398,18 @@ class _Features(nn.Module):
         return self._encode(self.tower, pixels)
 
 
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A batch, or a part of one, with what a step reads most on the device."""
+
+    batch: Batch
+    chips: Tensor
+    photos: Tensor
+    tile_of_photo: Tensor
+    others: Tensor | None
+    identity: Tensor | None
+
+
 class _Trainer:
     """A tower, its optimizer and its data; knows one step and one validation."""
 
@@ -316,11 +420,19 @@ class _Trainer:
         self._tower = clip.model.visual
         clip.model.requires_grad_(False)
         self._tower.requires_grad_(True)
+        if config.grad_checkpointing:
+            self._tower.set_grad_checkpointing()
         self._features: nn.Module = _Features(self._tower, config.level)
+        self._without_exchange: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if team.size > 1:
             self._features = DistributedDataParallel(
                 self._features, device_ids=[device] if device.type == "cuda" else None
             )
+            self._without_exchange = self._features.no_sync
+        if config.compile:
+            self._features = torch.compile(self._features)
+        # Batches are copied beside the step that runs on the default stream.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._optimizer = make_optimizer(
             self._tower.parameters(), config.learning_rate, config.weight_decay, config.betas
         )
@@ -338,6 +450,13 @@ class _Trainer:
             rank=team.rank,
             size=team.size,
         )
+        self.steps = config.steps or max(1, round(config.epochs * self.batches.per_epoch))
+        if config.warmup_steps >= self.steps:
+            logger.warning(
+                "the warm-up of %d steps is no shorter than the run of %d: the learning rate stays below its peak",
+                config.warmup_steps,
+                self.steps,
+            )
         seen = first_tiles(data.split("validation"), config.validation_tiles, config.seed)
         self._validation: Batch | None = None
         if not team.is_first:
@@ -361,28 +480,62 @@ class _Trainer:
             chip_px=self.config.sensor.chip_px,
             side_px=self._side_px,
             memory_bytes=int(self.config.chip_memory_gb * 2**30),
+            threads=self.config.decode_threads or 0,
         )
 
-    def step(self, batch: Batch, step: int) -> tuple[float, float]:
+    def place_parts(self, batch: Batch) -> list[_Placed]:
+        """The parts of a step's batch on the device, ready to use."""
+        parts = batch.parts(self.config.accumulation_steps)
+        if self._copies is None:
+            return [self._place(part) for part in parts]
+        with torch.cuda.stream(self._copies):
+            placed = [self._place(part) for part in parts]
+        self._copies.synchronize()
+        # Freed while the step's kernels are still queued, their memory must not be taken for the next copy.
+        used_on = torch.cuda.default_stream(self._device)
+        for part in placed:
+            for tensor in (part.chips, part.photos, part.tile_of_photo, part.others, part.identity):
+                if tensor is not None:
+                    tensor.record_stream(used_on)
+        return placed
+
+    def _place(self, batch: Batch) -> _Placed:
+        identity = np.concatenate([batch.identity, batch.others_identity])
+        return _Placed(
+            batch,
+            chips=self._to_device(batch.chips),
+            photos=self._to_device(batch.photos),
+            tile_of_photo=self._to_device(batch.tile_of_photo),
+            others=self._to_device(batch.others) if len(batch.others) else None,
+            identity=self._to_device(identity) if self.config.mask_shared_photos else None,
+        )
+
+    def step(self, parts: list[_Placed], step: int) -> tuple[float, float]:
         """One optimizer step.
 
         Args:
-            batch: its batch.
+            parts: its batch.
             step: its number, from 0.
 
         Returns:
             Loss and learning rate.
         """
         config = self.config
-        rate = one_cycle(self._optimizer, step, config.steps, config.warmup_steps, config.learning_rate)
+        rate = one_cycle(self._optimizer, step, self.steps, config.warmup_steps, config.learning_rate)
         self._tower.train()
-        loss = self._loss(self._queries(self._features, batch), batch) * batch.share
-        total = self.team.sum(loss.detach())
-        check_finite(total, step)
         self._optimizer.zero_grad(set_to_none=True)
-        # Gradients of several processes are averaged, but a batch's loss is the sum of their shares.
-        (loss * self.team.size).backward()
-        torch.nn.utils.clip_grad_norm_(self._tower.parameters(), config.grad_clip)
+        total = torch.zeros((), device=self._device)
+        for number, part in enumerate(parts, start=1):
+            # Processes exchange gradients once, with the last part.
+            with contextlib.nullcontext() if number == len(parts) else self._without_exchange():
+                loss = self._loss(self._queries(self._features, part), part) * part.batch.share
+                # Gradients of several processes are averaged, but a batch's loss is the sum of their shares.
+                (loss * self.team.size).backward()
+            total += loss.detach()
+        total = self.team.sum(total)
+        check_finite(total, step)
+        norm = torch.nn.utils.clip_grad_norm_(self._tower.parameters(), config.grad_clip)
+        check_finite(norm, step, "gradient")
         self._optimizer.step()
         return total.item(), rate
 
@@ -396,17 +549,19 @@ class _Trainer:
         config, batch = self.config, self._validation
         # Not the distributed module: the other processes do not validate.
         features = _Features(self._tower, config.level)
+        part_tiles = max(1, config.batch_tiles // config.accumulation_steps)
         parts = [
-            self._queries(features, batch.part(slice(first, first + config.batch_tiles)))
-            for first in range(0, len(batch.chips), config.batch_tiles)
+            self._queries(features, self._place(batch.part(slice(first, first + part_tiles))))
+            for first in range(0, len(batch.chips), part_tiles)
         ]
         queries = torch.cat(parts)
-        loss = self._loss(queries, batch).item()
+        placed = self._place(replace(batch, chips=batch.chips[:0]))
+        loss = self._loss(queries, placed).item()
         own_tile = np.arange(len(batch.chips)) if config.level == "image" else batch.tile_of_photo
         has_photo = np.isin(own_tile, batch.tile_of_photo)
         recalls = recall(
             queries[torch.from_numpy(has_photo).to(self._device)],
-            self._to_device(batch.photos),
+            placed.photos,
             own_tile[has_photo],
             batch.tile_of_photo,
             RECALL_AT,
@@ -417,29 +572,29 @@ class _Trainer:
             run.best_step, run.best_loss = run.step, loss
         return validation
 
-    def _queries(self, features: nn.Module, batch: Batch) -> Tensor:
+    def _queries(self, features: nn.Module, placed: _Placed) -> Tensor:
         """Embeddings of the batch's tiles (B, D), or of its photos' pixels (P, D); float32."""
-        chips = self._to_device(batch.chips).permute(0, 3, 1, 2).float()
-        pixels = to_input(self._clip, batch.crops.sample(chips))
+        batch = placed.batch
+        pixels = to_input(self._clip, batch.crops.sample(placed.chips.permute(0, 3, 1, 2).float()))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             encoded = features(pixels).float()
         if self.config.level == "image":
             return encoded
         return at_pixels(encoded, batch.position, batch.tile_of_photo, self._clip.image_px)
 
-    def _loss(self, queries: Tensor, batch: Batch) -> Tensor:
-        if not len(batch.photos):
+    def _loss(self, queries: Tensor, placed: _Placed) -> Tensor:
+        if not len(placed.photos):
             # All photos left their crops: nothing to learn here, but the graph has to be there for the others.
             return queries.sum() * 0.0
-        photos, tile_of_photo = self._to_device(batch.photos), self._to_device(batch.tile_of_photo)
-        others = self._to_device(batch.others) if len(batch.others) else None
-        tau = self.config.temperature
+        arguments = placed.photos, placed.tile_of_photo
+        options = self.config.temperature, placed.others, placed.identity
         if self.config.level == "image":
-            return image_level_loss(queries, photos, tile_of_photo, tau, others)
-        return pixel_level_loss(queries, photos, tile_of_photo, len(batch.chips), tau, others)
+            return image_level_loss(queries, *arguments, *options)
+        return pixel_level_loss(queries, *arguments, len(placed.batch.crops), *options)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self._copies is None else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def weights(self) -> dict[str, Tensor]:
         """The tower's tensors by name."""
@@ -528,6 +683,7 @@ def model_card(
     foundation_id: str,
     validations: list[dict[str, float]],
     best_step: int,
+    steps: int,
 ) -> dict[str, Any]:
     """What model_card.json says of a satellite encoder.
 
@@ -538,15 +694,16 @@ def model_card(
         foundation_id: fingerprint of the foundation model it started from.
         validations: as in `TrainResult`.
         best_step: as in `TrainResult`.
+        steps: optimizer steps of the run.
 
     Returns:
         The card; it holds no time of day, so that equal trainings give equal folders.
     """
     sensor = config.sensor
-    at_best = [validation for validation in validations if validation["step"] == best_step]
+    by_step = {validation["step"]: validation for validation in validations}
     settings = asdict(config)
     # Where a machine keeps its weights, and on what it computes, is not the model's business.
-    for name in ("sensor", "architecture", "pretrained", "device", "threads", "chip_memory_gb"):
+    for name in ("sensor", "architecture", "pretrained", *COST_FIELDS):
         settings.pop(name)
     return {
         "what": f"Satellite {config.level} encoder aligned with {clip.name} through ground photos (GRAFT)",
@@ -573,8 +730,10 @@ def model_card(
             "validation_tiles": len(data.split("validation")),
             "pairs": data.pair_count,
         },
-        "training": settings | {"best_step": best_step},
-        "validation": at_best[0] if at_best else None,
+        "training": settings | {"steps": steps, "best_step": best_step},
+        "validation": by_step.get(best_step),
+        # The foundation model itself, before the first step.
+        "validation_before": by_step.get(0),
         "code_version": _code_version(),
         "intended_use": [
             "Zero-shot classification, retrieval and mapping of land cover and land use by text, at this "

@@ -62,18 +62,19 @@ def one_cycle(
     return rate
 
 
-def check_finite(loss: Tensor, step: int) -> None:
+def check_finite(value: Tensor, step: int, what: str = "loss") -> None:
     """Stop before a broken step reaches the weights.
 
     Args:
-        loss: scalar.
+        value: scalar, such as the loss or the norm of its gradient.
         step: number of the step.
+        what: its name.
 
     Raises:
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if it is NaN or infinite.
     """
-    if not math.isfinite(loss.item()):
+    if not math.isfinite(value.item()):
         raise TrainingError(
-            f"The loss of step {step} is {loss.item()}: lower the learning rate, lengthen the warm-up, "
+            f"The {what} of step {step} is {value.item()}: lower the learning rate, lengthen the warm-up, "
             "and look for NaN in the ground embeddings."
         )

@@ -10,7 +10,8 @@ from graft_pipeline.imagery import Sensor
 from training.foundation import FoundationConfig
 from training.loop import TrainConfig
 
-#: ViT-B/16 from OpenAI's CLIP, temperature 0.07, at most 25 photos a tile (paper, sections 3.2 and 3.4).
+#: ViT-B/16 from OpenAI's CLIP, at most 25 photos a tile (paper, sections 3.2 and 3.4); ten epochs of AdamW with
+#: weight decay 0.01, linear warm-up and cosine, which are the defaults of TrainConfig.
 PAPER_IMAGE = TrainConfig(level="image", learning_rate=1e-5, precision="bf16")
 PAPER_PIXEL = TrainConfig(level="pixel", learning_rate=5e-5, precision="bf16")
 
@@ -25,6 +26,7 @@ PLANET_IMAGE = TrainConfig(
     photos_per_tile=5,
     learning_rate=2e-3,
     warmup_steps=20,
+    weight_decay=0.05,
     max_shift=0.15,
     validate_every=50,
 )

@@ -69,7 +69,7 @@ def test_batches_depend_on_seed_and_step_alone(data):
     np.testing.assert_array_equal(ours.position, theirs.position)
     np.testing.assert_array_equal(ours.photos, theirs.photos)
     assert not np.array_equal(batches_of(data, seed=6).draw(9).position, ours.position)
-    for step, batch in enumerate(first.stream(3, 6), start=3):
+    for step, batch in enumerate(first.stream(3, 6, lambda batch: batch), start=3):
         np.testing.assert_array_equal(batch.position, second.draw(step).position)
 
 
