@@ -112,6 +112,10 @@ def test_the_cap_keeps_the_same_few_whatever_else_there_is(
             table["tile_id"].to_pylist(), table["photo_id"].to_pylist(), strict=True
         ):
             sets[tile_id].add(photo_id)
+    assigned = pairing.assign(tiles, photos, NAIP, REGION.epsg, 10).sort_by(
+        [("tile_id", "ascending"), ("photo_id", "ascending")]
+    )
+    assert assigned["photo_id"].equals(capped["photo_id"])
     for tile_id, photo_ids in members.items():
         assert kept[tile_id] <= photo_ids
         assert len(kept[tile_id]) == min(10, len(photo_ids))
