@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +120,9 @@ def encode(array: npt.NDArray[np.uint8], grid: Grid) -> bytes:
 def decode(content: bytes) -> npt.NDArray[np.uint8]:
     """Decode a stored chip.
 
+    Its strips are inflated here and not by GDAL, which passes over the checksum at their end: a chip that was
+    damaged on its disk would come back as an image. It takes half the time, too.
+
     Args:
         content: GeoTIFF as `encode` made it.
 
@@ -126,23 +130,27 @@ def decode(content: bytes) -> npt.NDArray[np.uint8]:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        DataError: if it is no such file.
+        DataError: if it is no such file, or was damaged.
     """
-    from rasterio.errors import RasterioError
-    from rasterio.io import MemoryFile
+    from isal import isal_zlib
+    from PIL import Image, UnidentifiedImageError
+    from PIL.TiffImagePlugin import TiffImageFile
 
     try:
-        with MemoryFile(content) as memory, memory.open() as file:
-            array = file.read()
-    except RasterioError as error:
+        with Image.open(BytesIO(content), formats=["TIFF"]) as file:
+            (width, height), tags = file.size, cast(TiffImageFile, file).tag_v2
+        # TIFF 6.0: compression, planar configuration, predictor, strips' offsets and lengths.
+        if (file.mode, tags[259], tags[284]) != ("RGB", 8, 1) or tags.get(317, 1) not in (1, 2):
+            raise ValueError("it is no deflated RGB image")
+        strips = [content[start : start + size] for start, size in zip(tags[273], tags[279], strict=True)]
+        raw = b"".join(map(isal_zlib.decompress, strips))
+        array = np.frombuffer(raw, dtype=np.uint8).reshape(height, width, 3)
+    except (UnidentifiedImageError, KeyError, ValueError, isal_zlib.error) as error:  # type: ignore[misc]
         raise DataError(
             f"A stored chip cannot be decoded ({error}): materialise its region's chips anew."
         ) from error
-    if array.dtype != np.uint8 or array.shape[0] != 3:
-        raise DataError(
-            f"A stored chip is {array.dtype} {array.shape}, not 3 bands of uint8: materialise it anew."
-        )
-    return np.ascontiguousarray(np.moveaxis(array, 0, -1))
+    # Predictor 2 stores each value's difference from its left neighbour, modulo 256.
+    return np.cumsum(array, axis=1, dtype=np.uint8) if tags.get(317, 1) == 2 else array
 
 
 def decode_all(contents: Iterable[bytes]) -> npt.NDArray[np.uint8]:

@@ -362,6 +362,15 @@ def test_encoding_is_lossless_and_deterministic(seed: int, gsd: float, epsg: int
     assert chips.decode_all([]).shape == (0, 0, 0, 3)
 
 
+@given(where=st.floats(0.15, 1, exclude_max=True))
+def test_a_damaged_chip_is_refused(where: float) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    content = bytearray(chips.encode(array, Grid.snapped(32619, 5e5, 4.7e6, 1.0, 32)))
+    content[int(where * len(content))] ^= 0x10
+    with pytest.raises(DataError, match="materialise its region's chips anew"):
+        chips.decode(bytes(content))
+
+
 def test_real_naip_pixels_survive(real_data: Path) -> None:
     with rasterio.open(real_data / "naip_5m_2020.tif") as file:
         array = np.ascontiguousarray(np.moveaxis(file.read([1, 2, 3], window=((0, 448), (0, 448))), 0, -1))
