@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from graft_pipeline.errors import InputError
 from training.encoders import CROP_PX, Clip, encode_images, encode_patches, encode_texts
 from training.zero_shot.classify import class_embeddings, class_scores
+from training.zero_shot.evaluate import CHANCE, chance, image_metrics
 from training.zero_shot.metrics import Scores, score
 from training.zero_shot.prompts import PromptSet
-from training.zero_shot.retrieve import mean_average_precision, retrieve
+from training.zero_shot.retrieve import retrieve
 from training.zero_shot.segment import segment
 
 #: task -> contender -> metric -> value.
 Metrics = dict[str, dict[str, dict[str, float]]]
-
-CHANCE = "chance"
-_CHANCE_DRAWS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ def score_images(
         InputError: if numbers of chips and labels differ, or a label is no class.
     """
     _check_labels(chips, labels, prompts)
-    is_relevant = labels[None, :] == np.arange(len(prompts.names))[:, None]
+    is_of_class = labels[:, None] == np.arange(len(prompts.names))
     metrics: Metrics = {"classification": {}, "retrieval": {}}
     classification, top = {}, {}
     for name, clip in contenders.items():
@@ -83,13 +81,11 @@ def score_images(
         images = encode_images(clip, chips)
         scores = class_scores(images, classes)
         classification[name] = score(labels, scores.argmax(axis=1), prompts.names)
-        metrics["classification"][name] = {"accuracy": classification[name].accuracy}
-        metrics["retrieval"][name] = _retrieval(scores.T, is_relevant)
+        _enter(metrics, name, image_metrics(scores, is_of_class, is_multi_label=False))
         top[name] = retrieve(classes, images, 10)[0]
-    random = np.random.default_rng(0)
-    draws = [_retrieval(random.random(is_relevant.shape), is_relevant) for _ in range(_CHANCE_DRAWS)]
-    metrics["classification"][CHANCE] = {"accuracy": 1 / len(prompts.names)}
-    metrics["retrieval"][CHANCE] = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    random = {name: measure.value for name, measure in chance(is_of_class, is_multi_label=False).items()}
+    # Known exactly.
+    _enter(metrics, CHANCE, random | {"accuracy": 1 / len(prompts.names)})
     return ImageScores(metrics, classification, top)
 
 
@@ -131,11 +127,13 @@ def score_segmentation(
     return SegmentationScores(metrics, by_class, maps)
 
 
-def _retrieval(scores: NDArray[np.float32], is_relevant: NDArray[np.bool_]) -> dict[str, float]:
-    return {
-        "mAP": mean_average_precision(scores, is_relevant),
-        "mAP@100": mean_average_precision(scores, is_relevant, 100),
-        "mAP@20": mean_average_precision(scores, is_relevant, 20),
+def _enter(metrics: Metrics, name: str, values: Mapping[str, float]) -> None:
+    """Sort the metrics of one contender by task."""
+    metrics["classification"][name] = {"accuracy": values["accuracy"]}
+    metrics["retrieval"][name] = {
+        metric.removeprefix("retrieval "): value
+        for metric, value in values.items()
+        if metric.startswith("retrieval ")
     }
 
 
