@@ -35,9 +35,10 @@ USER_AGENT = "graft-pipeline/0.1"
 TRANSIENT_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 #: Longest wait that a server may ask for with Retry-After, seconds.
 MAX_RETRY_AFTER_S = 120.0
-#: 1 s, 2 s, 4 s ... with up to 1 s of jitter: five attempts outlast a quota's or a load balancer's hiccup.
+#: 1 s, 2 s, 4 s ... with up to 1 s of jitter: seven attempts outlast a minute of a service's trouble. Where one
+#: answer in ten fails, one item in ten million fails for that alone: a region comes out the same.
 DEFAULT_WAIT: tenacity.wait.wait_base = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
-DEFAULT_ATTEMPTS = 5
+DEFAULT_ATTEMPTS = 7
 #: Longest wait after an answer that came at once, but was not what was asked for.
 QUICK_WAIT_S = 0.25
 

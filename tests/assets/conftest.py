@@ -1,6 +1,7 @@
 """A deployment in a temporary folder: settings, Dagster instance, storage, and a button to materialise with."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ class Deployment:
         areas.register_area(self.storage.areas_folder, areas.read_area(file, name="area"))
         self.materialise("regions", "openclip/foundation")
 
+    def start_like(self, other: "Deployment") -> None:
+        """Take over another deployment's areas, regions and foundation model."""
+        for name in ("areas", "regions", "models"):
+            shutil.copytree(other.folder / "data" / name, self.folder / "data" / name)
+        self.instance.add_dynamic_partitions("region", other.instance.get_dynamic_partitions("region"))
+
     def materialise(
         self, *keys: str, partition: str | None = None, **options: Any
     ) -> dg.ExecuteInProcessResult:
@@ -86,6 +93,12 @@ class Deployment:
         event = self.instance.get_latest_materialization_event(dg.AssetKey(key.split("/")))
         assert event is not None
         return dict(event.asset_materialization.metadata)
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file of the storage, wherever it is, by its path below the root."""
+        root = self.storage.root
+        files = (file for file in root.rglob("*") if file.is_file())
+        return {file.path.removeprefix(root.path).lstrip("/"): file.read_bytes() for file in files}
 
     def files(self) -> dict[str, tuple[bytes, int]]:
         """Every file of the storage: content and modification time."""

@@ -107,9 +107,9 @@ def test_a_second_materialisation_downloads_nothing_and_changes_no_byte(planet: 
     assert later.get("get_pixels", 0) == traffic.get("get_pixels", 0)
 
 
-def test_earth_engine_is_asked_about_once_a_chip(collected: Any) -> None:
+def test_imagery_is_asked_about_once_a_chip(collected: Any) -> None:
     metadata = collected.metadata("naip/chips")
-    assert metadata["earth_engine_requests"].value <= 1.05 * metadata["dagster/row_count"].value
+    assert metadata["imagery_requests"].value <= 1.05 * metadata["dagster/row_count"].value
 
 
 def test_a_region_without_photos_ends_well(planet: Any, deploy: Deploy) -> None:
@@ -184,12 +184,3 @@ def test_a_refused_flickr_key_stops_the_run_and_keeps_what_was_there(
     assert "GRAFT_FLICKR_KEY" in failure
     assert "s3cret-nowhere" not in failure
     assert deployment.files() == files
-
-
-def test_a_faulty_planet_only_delays(make_planet: Callable[..., Any], deploy: Deploy) -> None:
-    shaky = make_planet(seed=0, fault_rate=0.05)
-    deployment = deploy(planet_url=shaky.url)
-    deployment.register(-71.42, 42.08, -71.36, 42.14)
-    deployment.collect(REGION, "naip")
-    pairs = deployment.storage.read(schemas.PAIRS, sensor="naip", region=REGION)
-    assert pairs.num_rows > 0
