@@ -5,7 +5,6 @@ resources/foundation.py.
 """
 
 import contextlib
-import copy
 import json
 import logging
 import tempfile
@@ -25,6 +24,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.func import functional_call
 from upath import UPath
 
 from graft_pipeline.errors import InputError, SettingsError
@@ -225,21 +225,43 @@ def image_features(tower: nn.Module, pixels: Tensor) -> Tensor:
 def patch_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     """f_S^P: one vector per patch, the patch tokens through the tower's final norm and projection.
 
+    Images of another size than the tower's are seen with its position embeddings interpolated; gradients reach
+    the tower's own.
+
     Args:
         tower: image tower of a CLIP: open_clip's VisionTransformer without attentional pooling.
-        pixels: (N, 3, H, W) float32, normalised; H and W as the tower's image size.
+        pixels: (N, 3, H, W) float32, normalised; H and W are multiples of the patch size.
 
     Returns:
         (N, H / patch, W / patch, D) float, L2-normalised.
 
     Raises:
-        InputError: if the tower has no patch tokens in the space of its image vector.
+        InputError: if the tower has no patch tokens in the space of its image vector, or an image is no whole
+            number of patches.
     """
     check_patch_tower(tower)
+    if tuple(pixels.shape[2:]) == tuple(tower.image_size):
+        return F.normalize(_patch_tokens(tower, pixels), dim=-1)
+    positions = {"tower.positional_embedding": position_embedding(tower, *pixels.shape[2:])}
+    return F.normalize(functional_call(_PatchTokens(tower), positions, (pixels,)), dim=-1)
+
+
+def _patch_tokens(tower: nn.Module, pixels: Tensor) -> Tensor:
     tokens = tower.forward_intermediates(
         pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NCHW"
     )["image_intermediates"][-1]
-    return F.normalize(tokens.permute(0, 2, 3, 1) @ tower.proj, dim=-1)
+    return tokens.permute(0, 2, 3, 1) @ tower.proj
+
+
+class _PatchTokens(nn.Module):
+    """`_patch_tokens` as a module, so that it can be called with other position embeddings."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return _patch_tokens(self.tower, pixels)
 
 
 def check_patch_tower(tower: nn.Module) -> None:
@@ -258,35 +280,30 @@ def check_patch_tower(tower: nn.Module) -> None:
         )
 
 
-def tower_at(tower: nn.Module, image_px: int) -> nn.Module:
-    """The same tower for another input size, position embeddings interpolated as open_clip does (bicubic).
+def position_embedding(tower: nn.Module, height_px: int, width_px: int) -> Tensor:
+    """A tower's position embeddings for another input size, interpolated as open_clip does (bicubic).
 
     Args:
         tower: open_clip VisionTransformer.
-        image_px: side of the square input; a multiple of the patch size.
+        height_px: height of the input.
+        width_px: width of the input.
 
     Returns:
-        The tower itself if the size is its own, else a copy.
+        (1 + patches, width) float, the class token's first.
 
     Raises:
-        InputError: if the size is not a multiple of the patch size, or the tower is another kind.
+        InputError: if the size is no whole number of patches.
     """
-    check_patch_tower(tower)
-    if (image_px, image_px) == tuple(tower.image_size):
-        return tower
     patch_px = tower.patch_size[0]
-    if image_px % patch_px:
-        raise InputError(f"An input of {image_px} px is not a multiple of the {patch_px} px patches.")
-    side = image_px // patch_px
+    if height_px % patch_px or width_px % patch_px:
+        raise InputError(
+            f"An input of {height_px} x {width_px} px is not a multiple of the {patch_px} px patches."
+        )
+    size = (height_px // patch_px, width_px // patch_px)
     own, grid = tower.positional_embedding[:1], tower.positional_embedding[1:]
     grid = grid.reshape(1, *tower.grid_size, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    copied = copy.deepcopy(tower)
-    copied.positional_embedding = nn.Parameter(
-        torch.cat([own, grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(own.dtype)])
-    )
-    copied.image_size, copied.grid_size = (image_px, image_px), (side, side)
-    return copied
+    grid = F.interpolate(grid.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([own, grid.permute(0, 2, 3, 1).flatten(0, 2).to(own.dtype)])
 
 
 @torch.inference_mode()
@@ -342,9 +359,11 @@ def encode_patches(
             f"A crop of {crop_px} px is no whole number of model pixels ({clip.image_px} per {CROP_PX})."
         )
     side_px = crop_px * clip.image_px // CROP_PX
-    tower = tower_at(clip.model.visual, side_px)
+    tower = clip.model.visual
+    check_patch_tower(tower)
     batches = [patch_features(tower, pixels) for pixels in _inputs(clip, chips, crop_px, side_px, batch_size)]
-    return _stack(batches, (0, *tower.grid_size, clip.embedding_width))
+    side = side_px // tower.patch_size[0]
+    return _stack(batches, (0, side, side, clip.embedding_width))
 
 
 @torch.inference_mode()

@@ -14,9 +14,9 @@ from training.encoders import (
     encode_texts,
     load_clip,
     patch_features,
+    position_embedding,
     reduce_chips,
     to_input,
-    tower_at,
 )
 from training.foundation import FoundationConfig, new_clip
 
@@ -87,9 +87,26 @@ def test_position_embeddings_are_interpolated_as_open_clip_does(clip):
     )
     state = {key: value.clone() for key, value in clip.model.state_dict().items()}
     open_clip.model.resize_pos_embed(state, model)
-    ours = tower_at(clip.model.visual, 64)
-    torch.testing.assert_close(ours.positional_embedding.data, state["visual.positional_embedding"])
-    assert tower_at(clip.model.visual, 32) is clip.model.visual
+    ours = position_embedding(clip.model.visual, 64, 64)
+    torch.testing.assert_close(ours, state["visual.positional_embedding"])
+    # The same tower, built for that size.
+    model.load_state_dict(state)
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            patch_features(clip.model.visual, pixels), patch_features(model.visual, pixels)
+        )
+
+
+def test_patches_of_any_size_train_the_towers_own_positions(clip):
+    tower = clip.model.visual
+    pixels = torch.randn(1, 3, 48, 24, generator=torch.Generator().manual_seed(0))
+    features = patch_features(tower, pixels)
+    assert features.shape == (1, 6, 3, 32)
+    (gradient,) = torch.autograd.grad(features[..., 0].sum(), tower.positional_embedding)
+    assert (gradient[1:].abs().sum(dim=1) > 0).all()
+    with pytest.raises(InputError, match="30 x 32 px is not a multiple"):
+        patch_features(tower, pixels.new_zeros(1, 3, 30, 32))
 
 
 def test_towers_without_projected_patch_tokens_are_refused():
