@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-import torch
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
@@ -21,9 +20,10 @@ from rasterio.windows import Window
 
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.manifests import atomic_local_file
-from training.encoders import CROP_PX, Clip, check_patch_tower, encode_texts, patch_features, to_input
+from training.encoders import CROP_PX, Clip, check_patch_tower, encode_texts
 from training.zero_shot.classify import class_embeddings
 from training.zero_shot.prompts import PromptSet
+from training.zero_shot.windows import Lattice, finished_rows
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def segment_raster(
     except RasterioError as error:
         raise InputError(f"{source} is no raster that can be opened ({error}): check the path.") from error
     with file:
-        grid = _Lattice.of(file, clip, options)
+        grid = _lattice(file, clip, options)
         reader = _Reader(file, grid, options)
         counts = np.zeros(NODATA + 1, dtype=np.int64)
         profile = {
@@ -140,93 +140,33 @@ def segment_raster(
             rasterio.open(partial_file, "w", **profile) as written,
         ):
             _describe(written, names, prompts)
-            rows = _finished_rows(clip, classes, reader, grid, options, progress)
+            rows = finished_rows(clip, classes, reader.window, grid, options.batch_size, progress)
             for top, block in _pixel_rows(rows, grid, file):
                 counts += np.bincount(block.ravel(), minlength=NODATA + 1)
                 written.write(block, 1, window=Window(0, top, file.width, len(block)))
     valid = max(1, int(counts[:NODATA].sum()))
-    logger.info("segmented %s into %s: %d windows", source, output, grid.window_rows * grid.window_columns)
+    logger.info("segmented %s into %s: %d windows", source, output, grid.windows)
     return RasterMap(
         path=output,
         classes=names,
         share={name: float(counts[number] / valid) for number, name in enumerate(names)},
-        windows=grid.window_rows * grid.window_columns,
+        windows=grid.windows,
         width_px=int(profile["width"]),
         height_px=int(profile["height"]),
     )
 
 
-@dataclass(frozen=True)
-class _Lattice:
-    """Patches and windows over a raster; patch (0, 0) starts at its upper left corner.
-
-    Attributes:
-        patch_x: width of a patch in raster pixels, may be a fraction.
-        patch_y: height of a patch in raster pixels.
-        rows: patches that cover the raster's height.
-        columns: patches that cover its width.
-        side: patches along a window.
-        step: patches from one window to the next.
-        model_px: side of the encoder's input.
-    """
-
-    patch_x: float
-    patch_y: float
-    rows: int
-    columns: int
-    side: int
-    step: int
-    model_px: int
-
-    @classmethod
-    def of(cls, file: DatasetReader, clip: Clip, options: RasterOptions) -> "_Lattice":
-        tower = clip.model.visual
-        side = tower.grid_size[0]
-        # A window shows CROP_PX pixels of the sensor, as training crops do.
-        patch_m = options.gsd_m * CROP_PX / side
-        x_m, y_m = _pixel_size_m(file)
-        patch_x, patch_y = patch_m / x_m, patch_m / y_m
-        if min(patch_x, patch_y) < 1:
-            raise InputError(
-                f"A patch of the encoder ({patch_m:g} m) is smaller than a pixel of {file.name} "
-                f"({x_m:g} x {y_m:g} m): the raster is too coarse for this encoder; check its gsd_m."
-            )
-        return cls(
-            patch_x=patch_x,
-            patch_y=patch_y,
-            rows=math.ceil(file.height / patch_y),
-            columns=math.ceil(file.width / patch_x),
-            side=side,
-            step=max(1, round(side * (1 - options.overlap))),
-            model_px=clip.image_px,
+def _lattice(file: DatasetReader, clip: Clip, options: RasterOptions) -> Lattice:
+    """Patches over a raster, each as large on the ground as in training."""
+    # A window shows CROP_PX pixels of the sensor, as training crops do.
+    patch_m = options.gsd_m * CROP_PX / clip.model.visual.grid_size[0]
+    x_m, y_m = _pixel_size_m(file)
+    if patch_m < max(x_m, y_m):
+        raise InputError(
+            f"A patch of the encoder ({patch_m:g} m) is smaller than a pixel of {file.name} "
+            f"({x_m:g} x {y_m:g} m): the raster is too coarse for this encoder; check its gsd_m."
         )
-
-    def _starts(self, patches: int) -> list[int]:
-        """First patch of each window along an axis; the last window ends with the raster, if it can."""
-        last = max(0, patches - self.side)
-        return [*range(0, last, self.step), last]
-
-    @property
-    def row_starts(self) -> list[int]:
-        return self._starts(self.rows)
-
-    @property
-    def column_starts(self) -> list[int]:
-        return self._starts(self.columns)
-
-    @property
-    def window_rows(self) -> int:
-        return len(self.row_starts)
-
-    @property
-    def window_columns(self) -> int:
-        return len(self.column_starts)
-
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """(side, side) float32: how much a window's patch counts, least at its edges, never nothing."""
-        ramp = 1 - np.abs((np.arange(self.side) + 0.5) / self.side * 2 - 1)
-        return np.outer(ramp, ramp).astype(np.float32)
+    return Lattice.over(clip, file.width, file.height, patch_m / x_m, patch_m / y_m, options.overlap)
 
 
 def _pixel_size_m(file: DatasetReader) -> tuple[float, float]:
@@ -243,7 +183,7 @@ def _pixel_size_m(file: DatasetReader) -> tuple[float, float]:
 class _Reader:
     """Windows of a raster as the encoder sees them."""
 
-    def __init__(self, file: DatasetReader, grid: _Lattice, options: RasterOptions) -> None:
+    def __init__(self, file: DatasetReader, grid: Lattice, options: RasterOptions) -> None:
         self._file, self._grid, self._range = file, grid, options.display_range
         self._bands = options.bands or _rgb_bands(file)
         missing = [band for band in self._bands if not 1 <= band <= file.count]
@@ -297,52 +237,8 @@ def _rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
     return (found[0], found[1], found[2]) if len(found) == 3 else (1, 2, 3)
 
 
-@torch.inference_mode()
-def _patch_scores(
-    clip: Clip, images: Sequence[NDArray[np.uint8]], classes: torch.Tensor
-) -> NDArray[np.float32]:
-    """Cosines of windows' patches with the classes, (N, side, side, K) float32."""
-    pixels = torch.from_numpy(np.stack(images)).to(clip.device).permute(0, 3, 1, 2).float()
-    return (patch_features(clip.model.visual, to_input(clip, pixels)).float() @ classes.T).cpu().numpy()
-
-
-def _finished_rows(
-    clip: Clip,
-    classes: NDArray[np.float32],
-    reader: _Reader,
-    grid: _Lattice,
-    options: RasterOptions,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[NDArray[np.float32]]:
-    """Rows of the patch lattice from north to south, (columns, K) float32 mean scores."""
-    on_device = torch.from_numpy(classes).to(clip.device)
-    shape = (grid.columns + grid.side, len(classes))
-    weights = grid.weights[:, :, None]
-    pending: dict[int, list[NDArray[np.float32]]] = {}
-    starts, column_starts = grid.row_starts, grid.column_starts
-    for number, start in enumerate(starts):
-        for row in range(start, start + grid.side):
-            if row not in pending:
-                pending[row] = [np.zeros(shape, np.float32), np.zeros((shape[0], 1), np.float32)]
-        for first in range(0, len(column_starts), options.batch_size):
-            some = column_starts[first : first + options.batch_size]
-            scores = _patch_scores(clip, [reader.window(start, column) for column in some], on_device)
-            for column, of_window in zip(some, scores, strict=True):
-                columns = slice(column, column + grid.side)
-                for offset in range(grid.side):
-                    total, weight = pending[start + offset]
-                    total[columns] += of_window[offset] * weights[offset]
-                    weight[columns] += weights[offset]
-        if progress:
-            progress(number + 1, len(starts))
-        following = starts[number + 1] if number + 1 < len(starts) else grid.rows
-        for row in range(start, min(following, grid.rows)):
-            total, weight = pending.pop(row)
-            yield total[: grid.columns] / weight[: grid.columns]
-
-
 def _pixel_rows(
-    patch_rows: Iterator[NDArray[np.float32]], grid: _Lattice, file: DatasetReader
+    patch_rows: Iterator[NDArray[np.float32]], grid: Lattice, file: DatasetReader
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Blocks of pixel rows, (top, (rows, width) uint8 classes), interpolated between patch rows."""
     place = (np.arange(file.width) + 0.5) / grid.patch_x - 0.5
