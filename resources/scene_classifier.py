@@ -6,6 +6,7 @@ graft_pipeline/embeddings.py.
 
 import json
 import logging
+import tempfile
 import threading
 from collections.abc import Iterable
 from importlib import resources
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
 from graft_pipeline.errors import InputError, SettingsError
+from graft_pipeline.manifests import is_local
 from graft_pipeline.provenance import fingerprint
+from graft_pipeline.scene_header import SceneHeader
 from resources.foundation import FoundationModel, prepared_batches
 
 if TYPE_CHECKING:
@@ -53,13 +57,14 @@ class SceneClassifier:
         return ZeroShotSceneClassifier(foundation, prompts)
 
     @classmethod
-    def checkpoint(cls, path: Path | None, device: str = "auto") -> "CheckpointSceneClassifier":
+    def checkpoint(cls, path: UPath | Path | None, device: str = "auto") -> "CheckpointSceneClassifier":
         """A torchvision ResNet-18, as in the paper (section 3.2: ResNet-18 trained on SUN397).
 
         Args:
-            path: safetensors file of its state dict. With two classes, class 1 is outdoor. With any other
-                number, such as SUN397's 397, the file's metadata has `outdoor_classes`, a JSON list of class
-                numbers.
+            path: safetensors file of its state dict, as `python -m training scenes` writes it. What its metadata
+                may say is in graft_pipeline/scene_header.py. Without any, class 1 of two is outdoor and images
+                are prepared as for ImageNet; more classes, such as SUN397's 397, need at least
+                `outdoor_classes`, a JSON list of class numbers.
             device: `auto` (CUDA if there is one), `cpu`, `cuda` ...
 
         Returns:
@@ -133,7 +138,8 @@ class ZeroShotSceneClassifier(SceneClassifier):
                 f"Embeddings {embeddings.shape} are not {self._embedded.shape[1]} wide as the foundation "
                 "model's: materialise ground_embeddings again."
             )
-        logits = self._foundation.logit_scale * (embeddings @ self._embedded.T)
+        # No BLAS: its sums depend on how many rows there are, and a photo's score must not.
+        logits = self._foundation.logit_scale * np.einsum("nd,pd->np", embeddings, self._embedded)
         logits -= logits.max(axis=1, keepdims=True)
         weights = np.exp(logits)
         return (weights[:, len(self._indoor) :].sum(axis=1) / weights.sum(axis=1)).astype(np.float32)
@@ -148,9 +154,9 @@ class CheckpointSceneClassifier(SceneClassifier):
 
     needs_images = True
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
-        self._path, self._device = Path(path), device
-        self._loaded: tuple[Any, list[int], str] | None = None
+    def __init__(self, path: UPath | Path, device: str = "auto") -> None:
+        self._path, self._device = UPath(path), device
+        self._loaded: tuple[Any, SceneHeader, str] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -159,58 +165,65 @@ class CheckpointSceneClassifier(SceneClassifier):
         return self._load()[2]
 
     def score_images(self, images: "Iterable[bytes | Image.Image]") -> NDArray[np.float32]:
-        """See `SceneClassifier.score_images`."""
+        """See `SceneClassifier.score_images`; an image's score does not depend on the images beside it."""
         import torch
         from torchvision.models import ResNet18_Weights
 
-        model, outdoor, _ = self._load()
+        model, header, _ = self._load()
         device = next(model.parameters()).device
-        # The ImageNet preprocessing that torchvision's ResNet-18 is trained with; carries no weights.
-        preprocess = ResNet18_Weights.IMAGENET1K_V1.transforms()
+        # The preprocessing that torchvision's ResNet-18 is trained with; carries no weights.
+        preprocess = ResNet18_Weights.IMAGENET1K_V1.transforms(
+            crop_size=header.crop_px, resize_size=header.resize_px, mean=header.mean, std=header.std
+        )
+        outdoor = list(header.outdoor_classes)
         parts = [np.empty(0, dtype=np.float32)]
         with torch.inference_mode():
             for batch in prepared_batches(images, preprocess, _BATCH, _THREADS):
-                probabilities = model(torch.stack(batch).to(device)).softmax(dim=1)
+                # Batches of one size: other sizes may take other kernels, which round differently.
+                pixels = torch.zeros((_BATCH, *batch[0].shape))
+                pixels[: len(batch)] = torch.stack(batch)
+                probabilities = model(pixels.to(device))[: len(batch)].softmax(dim=1)
                 parts.append(probabilities[:, outdoor].sum(dim=1).cpu().numpy())
         return np.concatenate(parts)
 
-    def _load(self) -> tuple[Any, list[int], str]:
+    def _load(self) -> tuple[Any, SceneHeader, str]:
         with self._lock:
             if self._loaded is None:
                 self._loaded = self._open()
             return self._loaded
 
-    def _open(self) -> tuple[Any, list[int], str]:
+    def _open(self) -> tuple[Any, SceneHeader, str]:
         import torch
         from safetensors import SafetensorError, safe_open
         from torchvision.models import resnet18
 
         try:
-            with safe_open(self._path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-            class_count = len(weights["fc.weight"])
-            outdoor = json.loads(metadata.get("outdoor_classes", "[1]" if class_count == 2 else "[]"))
-            model = resnet18(weights=None, num_classes=class_count)
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(self._path.path) if is_local(self._path) else Path(folder) / self._path.name
+                if not is_local(self._path):
+                    local.write_bytes(self._path.read_bytes())
+                with safe_open(local, framework="pt") as file:
+                    metadata = file.metadata() or {}
+                    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+            model = resnet18(weights=None, num_classes=len(weights["fc.weight"]))
             model.load_state_dict(weights)
-        except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise SettingsError(
                 f"{self._path} is no ResNet-18 checkpoint ({error}): GRAFT_SCENE_CHECKPOINT names a "
-                "safetensors file of torchvision's resnet18 state dict."
+                "safetensors file of torchvision's resnet18, which `python -m training scenes` writes; on the planet "
+                "it may be unset once torchvision/scene_classifier is materialised."
             ) from error
-        if not outdoor or not all(
-            isinstance(number, int) and 0 <= number < class_count for number in outdoor
-        ):
-            raise SettingsError(
-                f"{self._path} has {class_count} classes and does not say which are outdoors: add the "
-                "metadata entry `outdoor_classes`, a JSON list of class numbers."
-            )
+        try:
+            header = SceneHeader.from_metadata(metadata, len(weights["fc.weight"]))
+        except InputError as error:
+            raise SettingsError(f"{self._path}, GRAFT_SCENE_CHECKPOINT, is not usable. {error}") from error
         device = self._device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        logger.info("scene classifier: %s with %d classes", self._path.name, class_count)
-        return model.eval().to(device), outdoor, fingerprint("resnet18", arrays, outdoor)
+        logger.info("scene classifier: %s with %d classes", self._path.name, len(header.classes))
+        classifier_id = fingerprint("resnet18", arrays, header.outdoor_classes, header.preprocessing)
+        return model.eval().to(device), header, classifier_id
 
 
 def _read_prompts(path: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

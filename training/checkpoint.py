@@ -29,8 +29,18 @@ def save_checkpoint(path: UPath, tensors: dict[str, Tensor], state: dict[str, An
         tensors: tensors by name.
         state: anything JSON can hold.
     """
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"state": json.dumps(state, sort_keys=True)}
+    save_tensors(path, tensors, {"state": json.dumps(state, sort_keys=True)})
+
+
+def save_tensors(path: UPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; readers see the former one or this one, never a part.
+
+    Args:
+        path: file to write, local or on an object store.
+        tensors: tensors by name.
+        metadata: one entry, since safetensors writes several in any order.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if is_local(path):
         with atomic_local_file(path) as partial:
             save_file(contiguous, partial, metadata)
