@@ -8,10 +8,12 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import pyarrow as pa
 
@@ -19,6 +21,7 @@ from graft_pipeline.errors import DataError, ServiceError
 from graft_pipeline.schemas import DATASETS, STATUSES, Dataset
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
     from duckdb import DuckDBPyConnection
     from upath import UPath
 
@@ -28,6 +31,14 @@ logger = logging.getLogger(__name__)
 ROW_GROUP_ROWS = 131_072
 
 _PARTIAL_SUFFIX = ".partial"
+
+#: How every file is written: same rows, same bytes (for one version of pyarrow).
+_PARQUET: dict[str, Any] = {
+    "version": "2.6",
+    "compression": "zstd",
+    "compression_level": 3,
+    "write_statistics": True,
+}
 
 
 def partition_folder(root: "UPath | Path", dataset: Dataset, **values: str) -> "UPath":
@@ -111,6 +122,58 @@ def atomic_local_file(path: "UPath | Path") -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def partial_files(folder: "UPath | Path", *names: str) -> Iterator[tuple[Path, ...]]:
+    """Temporary local files for what is named only when it is whole; see `publish`.
+
+    Args:
+        folder: where they will belong to; below a local folder they lie in it, so that a rename is enough.
+        *names: one for each file, to tell them apart.
+
+    Yields:
+        Where to write. Whatever is not published is removed.
+
+    Raises:
+        ServiceError: if the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_local(folder):
+            beside = Path(str(folder))
+            beside.mkdir(parents=True, exist_ok=True)
+        else:
+            beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        partials = tuple(beside / f".{name}.{secrets.token_hex(6)}{_PARTIAL_SUFFIX}" for name in names)
+        try:
+            yield partials
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ServiceError(
+                    f"Disk full while writing to {folder}: free space and start the run again."
+                ) from error
+            raise
+        finally:
+            for partial in partials:
+                partial.unlink(missing_ok=True)
+
+
+def publish(partial: Path, path: "UPath | Path") -> None:
+    """Give a finished file of `partial_files` its name: renamed, or put in one go.
+
+    Args:
+        partial: the file.
+        path: its final name.
+    """
+    if not is_local(path):
+        remote = cast("UPath", path)
+        remote.fs.put_file(str(partial), remote.path)
+        return
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    final = Path(str(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(final)
 
 
 def remove_partial_files(folder: "UPath | Path") -> int:
@@ -230,11 +293,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
     pq.write_table(
         table.combine_chunks(),
         buffer,
-        version="2.6",
-        compression="zstd",
-        compression_level=3,
         row_group_size=ROW_GROUP_ROWS,
-        write_statistics=True,
+        **_PARQUET,
     )
     return buffer.getvalue()
 
@@ -259,15 +319,45 @@ def write_table(path: "UPath | Path", table: pa.Table, dataset: Dataset) -> bool
     return changed
 
 
-def read_table(path: "UPath | Path", dataset: Dataset) -> pa.Table | None:
+def read_table(path: "UPath | Path", dataset: Dataset, names: Sequence[str] | None = None) -> pa.Table | None:
     """Read one Parquet file of a dataset.
 
     Args:
         path: the file, see `partition_file`.
         dataset: what it must obey.
+        names: columns to read; None: all of the schema.
 
     Returns:
-        Table of exactly `dataset.schema`, None if there is no such file.
+        Table of exactly these columns, None if there is no such file.
+
+    Raises:
+        DataError: if the file is not Parquet, or lacks columns of the schema.
+    """
+    wanted = dataset.schema.names if names is None else list(names)
+    with open_table(path, dataset) as file:
+        if file is None:
+            return None
+        try:
+            table = file.read(wanted)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is damaged ({error}): delete it and materialise it again.") from error
+    schema = pa.schema([dataset.schema.field(name) for name in wanted], dataset.schema.metadata)
+    try:
+        return table.select(wanted).cast(schema)
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DataError(f"{path} does not obey its schema ({error}): materialise it again.") from error
+
+
+@contextlib.contextmanager
+def open_table(path: "UPath | Path", dataset: Dataset) -> "Iterator[pq.ParquetFile | None]":
+    """Open one Parquet file of a dataset, to read it in pieces; a replacement meanwhile does not show.
+
+    Args:
+        path: the file, see `partition_file`.
+        dataset: whose columns it must have.
+
+    Yields:
+        The open file, None if there is no such file.
 
     Raises:
         DataError: if the file is not Parquet, or lacks columns of the schema.
@@ -276,21 +366,108 @@ def read_table(path: "UPath | Path", dataset: Dataset) -> pa.Table | None:
 
     try:
         # Opened by us: given a name, pyarrow would add the hive columns of its folders.
-        with path.open("rb") as file:
-            table = pq.ParquetFile(file).read()
+        stream = path.open("rb")
     except FileNotFoundError:
-        return None
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path} is not a Parquet file ({error}): delete it and materialise it again."
-        ) from error
-    missing = [name for name in dataset.schema.names if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} lacks the columns {missing}: materialise it again with this version.")
-    try:
-        return table.select(dataset.schema.names).cast(dataset.schema)
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise DataError(f"{path} does not obey its schema ({error}): materialise it again.") from error
+        yield None
+        return
+    with stream:
+        try:
+            file = pq.ParquetFile(stream)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{path} is not a Parquet file ({error}): delete it and materialise it again."
+            ) from error
+        missing = [name for name in dataset.schema.names if name not in file.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path} lacks the columns {missing}: materialise it again with this version.")
+        yield file
+
+
+class TableWriter:
+    """Writes a Parquet file of a dataset from pieces that come in its order; memory holds a row group.
+
+    Row groups are full whatever the pieces, so same rows give same bytes. A Bloom filter for each column of the
+    key tells readers which row groups cannot hold a value where the order does not.
+    """
+
+    def __init__(self, path: Path, dataset: Dataset) -> None:
+        """Open the file.
+
+        Args:
+            path: local file, see `partial_files`.
+            dataset: schema, key and order.
+        """
+        import pyarrow.parquet as pq
+
+        self._dataset = dataset
+        self._order = list(dict.fromkeys((*dataset.order, *dataset.key)))
+        self._writer = pq.ParquetWriter(
+            path,
+            dataset.schema,
+            sorting_columns=pq.SortingColumn.from_ordering(
+                dataset.schema, [(name, "ascending") for name in self._order]
+            ),
+            bloom_filter_options={name: {"ndv": ROW_GROUP_ROWS, "fpp": 0.01} for name in dataset.key},
+            **_PARQUET,
+        )
+        self._waiting = dataset.empty()
+        self._last = dataset.empty()
+
+    def write(self, piece: pa.Table) -> None:
+        """Add rows.
+
+        Args:
+            piece: rows of exactly the dataset's schema, sorted, all after those of earlier pieces.
+
+        Raises:
+            DataError: if they are not.
+        """
+        if piece.num_rows == 0:
+            return
+        piece = piece.cast(self._dataset.schema)
+        if not is_increasing(pa.concat_tables([self._last, piece]).select(self._order), self._order):
+            raise DataError(
+                f"Dataset {self._dataset.name}: rows are not sorted by {self._order}, or repeat a key. "
+                "Correct its writer."
+            )
+        self._last = piece.slice(piece.num_rows - 1)
+        self._waiting = pa.concat_tables([self._waiting, piece])
+        while self._waiting.num_rows >= ROW_GROUP_ROWS:
+            self._flush(ROW_GROUP_ROWS)
+
+    def _flush(self, count: int) -> None:
+        self._writer.write_table(self._waiting.slice(0, count).combine_chunks(), row_group_size=count)
+        self._waiting = self._waiting.slice(count)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._waiting.num_rows:
+            self._flush(self._waiting.num_rows)
+        self._writer.close()
+
+
+def is_increasing(table: pa.Table, names: Sequence[str]) -> bool:
+    """Whether each row comes after the one before it, by some columns.
+
+    Args:
+        table: any table.
+        names: columns, the first counts most.
+
+    Returns:
+        False where two rows are equal or a value is null; True for a table of at most one row.
+    """
+    import pyarrow.compute as pc
+
+    before, after = table.slice(0, max(table.num_rows - 1, 0)), table.slice(1)
+    result = pa.scalar(False)
+    for name in reversed(names):
+        less, same = pc.less(before[name], after[name]), pc.equal(before[name], after[name])
+        result = pc.or_(less, pc.and_(same, result))
+    return bool(pc.all(result, skip_nulls=False, min_count=0).as_py())
 
 
 def summarise(table: pa.Table) -> dict[str, int]:

@@ -276,6 +276,8 @@ TRAINING_PAIRS = _dataset(
         _column("embedding_row", pa.int64(), "row of the photo in ground_embeddings.npy beside this file"),
     ],
     key=("tile_id", "photo_id"),
+    # Queries of a split or of a region read only its row groups; those of a tile, by the key's Bloom filters.
+    order=("split", "region", "tile_id", "photo_id"),
     partitions=("sensor", "snapshot"),
 )
 

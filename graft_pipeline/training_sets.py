@@ -6,12 +6,11 @@ How a training set is read into tensors is in training/data.py.
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +20,18 @@ import pyarrow.compute as pc
 from graft_pipeline.errors import DataError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import (
-    atomic_local_file,
-    is_local,
+    TableWriter,
+    open_table,
+    partial_files,
     partition_file,
     partition_folder,
+    publish,
     read_table,
+    remove_partial_files,
     write_bytes_atomic,
-    write_table,
 )
-from graft_pipeline.provenance import fingerprint
-from graft_pipeline.schemas import CHIPS, GROUND_EMBEDDINGS, PAIRS, TRAINING_PAIRS, Dataset
+from graft_pipeline.provenance import code_version, fingerprint
+from graft_pipeline.schemas import CHIPS, GROUND_EMBEDDINGS, GROUND_IMAGES, PAIRS, TRAINING_PAIRS, Dataset
 from graft_pipeline.splits import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ logger = logging.getLogger(__name__)
 LATEST = "latest.json"
 
 EMBEDDINGS = "ground_embeddings.npy"
+
+_TABLE = f"{TRAINING_PAIRS.name}.parquet"
+
+#: Bounds memory: 64 MB of vectors of 512.
+_EMBEDDINGS_PER_BATCH = 32_768
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,12 @@ def build_training_set(
 ) -> TrainingSetInfo:
     """Freeze the pairs of a sensor: one table, and one matrix of the photos' embeddings.
 
-    Regions are read one after the other; embeddings go to disk as they come, so memory holds the table alone.
-    Chips stay in their shards, which never change.
+    Regions are read once, one after the other, and written as they come; memory holds one region's pairs, a few
+    thousand embeddings, and the pairs of the validation split, which come last. Chips stay in their shards,
+    which never change.
+
+    The fingerprint covers the rows, the embeddings, the versions of what they were made from (the content of the
+    images and of the chips, the scenes and their times) and that of this module.
 
     Args:
         root: storage root.
@@ -92,68 +102,44 @@ def build_training_set(
         The snapshot. The same content gives the same folder and is not written twice.
 
     Raises:
-        DataError: if there are no pairs, or embeddings of several models.
+        DataError: if there are no pairs, or embeddings of several models or widths, or a tile lies in two regions.
     """
     keys = _stored_regions(root, PAIRS, sensor) if regions is None else sorted(set(regions))
-    parts, guard, unembedded, model_ids = [], 0, 0, set[str]()
-    content = hashlib.sha256()
-    for key in keys:
-        pairs = read_table(partition_file(root, PAIRS, sensor=sensor.name, region=key), PAIRS)
-        embedded = read_table(partition_file(root, GROUND_EMBEDDINGS, region=key), GROUND_EMBEDDINGS)
-        if pairs is None or pairs.num_rows == 0:
-            continue
-        embedded = GROUND_EMBEDDINGS.empty() if embedded is None else embedded
-        used = pairs.filter(pc.is_in(pairs["split"], pa.array([TRAIN, VALIDATION])))
-        guard += pairs.num_rows - used.num_rows
-        has_embedding = pc.is_in(used["photo_id"], embedded["photo_id"].combine_chunks())
-        located = _with_chips(root, sensor, key, used.filter(has_embedding))
-        unembedded += used.num_rows - pc.sum(has_embedding).as_py() if used.num_rows else 0
-        if located.num_rows:
-            parts.append(located)
-            rows = _embeddings_of(embedded, located["photo_id"])
-            model_ids |= set(pc.unique(rows["model_id"]).to_pylist())
-            content.update(fingerprint(rows.drop_columns(["embedding"]), _matrix(rows)).encode())
-    if not parts:
-        raise DataError(
-            f"{sensor.name} has no pairs of the training or validation split with embeddings "
-            f"({guard} guard pairs, {unembedded} without embedding): materialise pairs and ground_embeddings first."
-        )
-    if len(model_ids) > 1:
-        raise DataError(
-            f"Ground embeddings come from several foundation models {sorted(model_ids)}: "
-            "materialise ground_embeddings of all regions with one."
-        )
-    table = pa.concat_tables(parts)
-    photo_ids = pc.unique(table["photo_id"])
-    photo_ids = photo_ids.take(pc.sort_indices(photo_ids))
-    rows_of_photos = pc.index_in(table["photo_id"], photo_ids).cast(pa.int64())
-    table = table.append_column("embedding_row", rows_of_photos).select(TRAINING_PAIRS.schema.names)
-    table = table.cast(TRAINING_PAIRS.schema).sort_by([(name, "ascending") for name in TRAINING_PAIRS.order])
-    snapshot = fingerprint(sensor, table, content.hexdigest())
-    folder = partition_folder(root, TRAINING_PAIRS, sensor=sensor.name, snapshot=snapshot)
-    used_regions = tuple(sorted(set(table["region"].to_pylist())))
-    is_new = not (folder / EMBEDDINGS).exists()
-    if is_new:
-        _write_embeddings(root, folder / EMBEDDINGS, photo_ids, used_regions)
-    # Last: a snapshot with a table is complete.
-    is_new |= write_table(folder / f"{TRAINING_PAIRS.name}.parquet", table, TRAINING_PAIRS)
+    folder = root / TRAINING_PAIRS.name / f"sensor={sensor.name}"
+    remove_partial_files(folder)
+    found = _Found()
+    with partial_files(folder, EMBEDDINGS, _TABLE) as (embeddings, table):
+        with _MatrixWriter(embeddings) as matrix, TableWriter(table, TRAINING_PAIRS) as rows:
+            validation = []
+            for key in keys:
+                of_region = _read_region(root, sensor, key, matrix, found)
+                rows.write(of_region.filter(pc.equal(of_region["split"], TRAIN)))
+                validation.append(of_region.filter(pc.equal(of_region["split"], VALIDATION)))
+            for piece in validation:
+                rows.write(piece)
+        _check(found, sensor)
+        with table.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        snapshot = fingerprint(code_version(__name__), sensor, content, matrix.content, found.versions)
+        folder = partition_folder(root, TRAINING_PAIRS, sensor=sensor.name, snapshot=snapshot)
+        is_new = not (folder / _TABLE).exists()
+        if is_new:
+            publish(embeddings, folder / EMBEDDINGS)
+            # Last: a snapshot with a table is complete.
+            publish(table, folder / _TABLE)
     write_bytes_atomic(folder.parent / LATEST, json.dumps({"snapshot": snapshot}).encode())
-    splits = table["split"].value_counts().to_pylist()
     return TrainingSetInfo(
         folder=folder,
         fingerprint=snapshot,
         is_new=is_new,
-        tiles=pc.count_distinct(table["tile_id"]).as_py(),
-        photos=len(photo_ids),
-        pairs=table.num_rows,
-        pairs_by_split={
-            name: sum(row["counts"] for row in splits if row["values"] == name)
-            for name in (TRAIN, VALIDATION)
-        },
-        guard_pairs=guard,
-        unembedded_pairs=unembedded,
-        regions=used_regions,
-        model_id=model_ids.pop(),
+        tiles=sum(map(len, found.tile_ids)),
+        photos=matrix.rows,
+        pairs=sum(found.pairs.values()),
+        pairs_by_split=found.pairs,
+        guard_pairs=found.guard,
+        unembedded_pairs=found.unembedded,
+        regions=tuple(found.regions),
+        model_id=found.model_ids.pop(),
     )
 
 
@@ -178,19 +164,20 @@ def latest(root: "UPath | Path", sensor: Sensor) -> "UPath":
     return partition_folder(root, TRAINING_PAIRS, sensor=sensor.name, snapshot=snapshot)
 
 
-def read(folder: "UPath | Path") -> pa.Table:
+def read(folder: "UPath | Path", names: Sequence[str] | None = None) -> pa.Table:
     """The table of a snapshot.
 
     Args:
         folder: its folder.
+        names: columns to read; None: all.
 
     Returns:
-        TRAINING_PAIRS rows, sorted by tile_id and photo_id.
+        TRAINING_PAIRS rows, sorted by split, region, tile_id and photo_id.
 
     Raises:
         DataError: if there is none.
     """
-    table = read_table(folder / f"{TRAINING_PAIRS.name}.parquet", TRAINING_PAIRS)
+    table = read_table(folder / _TABLE, TRAINING_PAIRS, names)
     if table is None:
         raise DataError(f"{folder} holds no training set: materialise training_set first.")
     return table
@@ -204,83 +191,164 @@ def _stored_regions(root: "UPath | Path", dataset: Dataset, sensor: Sensor) -> l
     return sorted(file.parent.name.removeprefix("region=") for file in files)
 
 
-def _with_chips(root: "UPath | Path", sensor: Sensor, region: str, pairs: pa.Table) -> pa.Table:
-    """Pairs of one region with the place of their chips; no embedding_row yet."""
-    chips = read_table(partition_file(root, CHIPS, sensor=sensor.name, region=region), CHIPS)
-    chips = CHIPS.empty() if chips is None else chips.filter(pc.equal(chips["status"], "ok"))
-    position = pc.index_in(pairs["tile_id"], chips["tile_id"].combine_chunks())
-    if position.null_count:
+@dataclass
+class _Found:
+    """What regions hold, added up while they are read."""
+
+    regions: list[str] = field(default_factory=list)
+    pairs: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
+    tile_ids: list[pa.Array] = field(default_factory=list)
+    model_ids: set[str] = field(default_factory=set)
+    versions: list[str] = field(default_factory=list)
+    guard: int = 0
+    unembedded: int = 0
+
+
+def _check(found: _Found, sensor: Sensor) -> None:
+    if not found.regions:
         raise DataError(
-            f"{position.null_count} pairs of {sensor.name} in {region} have no stored chip: "
-            "materialise pairs of that region again."
+            f"{sensor.name} has no pairs of the training or validation split with embeddings "
+            f"({found.guard} guard pairs, {found.unembedded} without embedding): "
+            "materialise pairs and ground_embeddings first."
         )
+    if len(found.model_ids) > 1:
+        raise DataError(
+            f"Ground embeddings come from several foundation models {sorted(found.model_ids)}: "
+            "materialise ground_embeddings of all regions with one."
+        )
+    tile_ids = pa.chunked_array(found.tile_ids)
+    repeated = len(tile_ids) - pc.count_distinct(tile_ids).as_py()
+    if repeated:
+        raise DataError(
+            f"{repeated} tiles of {sensor.name} lie in two regions, as their centre photos moved: "
+            "materialise tiles of these regions with full_refresh."
+        )
+
+
+def _read_region(
+    root: "UPath | Path", sensor: Sensor, region: str, matrix: "_MatrixWriter", found: _Found
+) -> pa.Table:
+    """TRAINING_PAIRS rows of one region, sorted by tile_id and photo_id; its embeddings go to the matrix."""
+    names = ["tile_id", "photo_id", "split", "col_px", "row_px", "lon_deg", "lat_deg"]
+    pairs = read_table(partition_file(root, PAIRS, sensor=sensor.name, region=region), PAIRS, names)
+    if pairs is None:
+        return TRAINING_PAIRS.empty()
+    used = pairs.filter(pc.is_in(pairs["split"], pa.array([TRAIN, VALIDATION])))
+    found.guard += pairs.num_rows - used.num_rows
+    with open_table(partition_file(root, GROUND_EMBEDDINGS, region=region), GROUND_EMBEDDINGS) as file:
+        embedded = (GROUND_EMBEDDINGS.empty() if file is None else file.read(["photo_id"]))["photo_id"]
+        located = used.filter(pc.is_in(used["photo_id"], embedded.combine_chunks()))
+        found.unembedded += used.num_rows - located.num_rows
+        if file is None or not located.num_rows:
+            return TRAINING_PAIRS.empty()
+        photo_ids = embedded.filter(pc.is_in(embedded, pc.unique(located["photo_id"]))).combine_chunks()
+        first_row = matrix.rows
+        for batch in file.iter_batches(_EMBEDDINGS_PER_BATCH):
+            some = pa.table(batch)
+            some = some.filter(pc.is_in(some["photo_id"], photo_ids))
+            found.model_ids.update(pc.unique(some["model_id"]).to_pylist())
+            matrix.write(_vectors(some["embedding"], region))
+    chips = _chips_of(root, sensor, region, located)
+    position = pc.index_in(located["tile_id"], chips["tile_id"].combine_chunks())
+    found.regions.append(region)
+    found.tile_ids.append(chips["tile_id"].combine_chunks())
+    for name in found.pairs:
+        found.pairs[name] += pc.sum(pc.equal(located["split"], name)).as_py()
+    images = read_table(
+        partition_file(root, GROUND_IMAGES, region=region), GROUND_IMAGES, ["photo_id", "sha256"]
+    )
+    found.versions.append(
+        fingerprint(
+            chips.select(["tile_id", "scene_id", "acquired_at_utc", "sha256"]),
+            images and images.filter(pc.is_in(images["photo_id"], photo_ids)),
+        )
+    )
     chips = chips.take(position)
     prefix = pa.scalar(f"{CHIPS.name}/sensor={sensor.name}/region={region}/")
     columns = {
-        name: pairs[name]
-        for name in ("tile_id", "photo_id", "split", "col_px", "row_px", "lon_deg", "lat_deg")
+        **{name: located[name] for name in names},
+        "region": pa.array([region] * located.num_rows, pa.string()),
+        "chip_shard": pc.binary_join_element_wise(prefix, chips["shard"], ""),
+        "chip_offset": chips["offset"],
+        "chip_size_bytes": chips["size_bytes"],
+        "embedding_row": pc.add(pc.index_in(located["photo_id"], photo_ids).cast(pa.int64()), first_row),
     }
-    return pa.table(
-        {
-            **columns,
-            "region": pa.array([region] * pairs.num_rows, pa.string()),
-            "chip_shard": pc.binary_join_element_wise(prefix, chips["shard"], ""),
-            "chip_offset": chips["offset"],
-            "chip_size_bytes": chips["size_bytes"],
-        }
-    )
+    return pa.table(columns).select(TRAINING_PAIRS.schema.names).cast(TRAINING_PAIRS.schema)
 
 
-def _embeddings_of(embedded: pa.Table, photo_ids: pa.ChunkedArray) -> pa.Table:
-    """Rows of embeddings for some photos, sorted by photo_id."""
-    wanted = embedded.filter(pc.is_in(embedded["photo_id"], pc.unique(photo_ids)))
-    return wanted.sort_by("photo_id")
+def _chips_of(root: "UPath | Path", sensor: Sensor, region: str, pairs: pa.Table) -> pa.Table:
+    """The chips of one region that pairs use, sorted by tile_id."""
+    names = ["tile_id", "status", "scene_id", "acquired_at_utc", "shard", "offset", "size_bytes", "sha256"]
+    chips = read_table(partition_file(root, CHIPS, sensor=sensor.name, region=region), CHIPS, names)
+    tile_ids = pc.unique(pairs["tile_id"])
+    if chips is None:
+        chips = CHIPS.empty().select(names)
+    chips = chips.filter(pc.and_(pc.equal(chips["status"], "ok"), pc.is_in(chips["tile_id"], tile_ids)))
+    missing = len(tile_ids) - chips.num_rows
+    if missing:
+        raise DataError(
+            f"{missing} tiles of {sensor.name} in {region} have pairs but no stored chip: "
+            "materialise pairs of that region again."
+        )
+    return chips
 
 
-def _matrix(embedded: pa.Table) -> npt.NDArray[np.float32]:
-    column = embedded["embedding"].combine_chunks()
-    values = np.asarray(column.flatten(), dtype=np.float32)
-    widths = np.unique(np.asarray(pc.list_value_length(column)))
+def _vectors(embeddings: pa.ChunkedArray, region: str) -> npt.NDArray[np.float32]:
+    """Embeddings as an (N, D) matrix."""
+    column = embeddings.combine_chunks()
+    widths = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(widths) > 1:
         raise DataError(
-            f"Ground embeddings have several widths {widths.tolist()}: materialise them with one model."
+            f"Ground embeddings of {region} have several widths {widths}: materialise them with one model."
         )
-    return values.reshape(embedded.num_rows, -1)
+    return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
 
 
-def _write_embeddings(
-    root: "UPath | Path", path: "UPath", photo_ids: pa.Array, regions: Sequence[str]
-) -> None:
-    """Write the (P, D) float32 matrix of photos, rows in the order of `photo_ids`, region by region."""
-    with _file_for(path) as partial:
-        matrix: npt.NDArray[np.float32] | None = None
-        for key in regions:
-            embedded = read_table(partition_file(root, GROUND_EMBEDDINGS, region=key), GROUND_EMBEDDINGS)
-            if embedded is None:
-                continue
-            rows = pc.index_in(embedded["photo_id"], photo_ids)
-            used = embedded.filter(pc.is_valid(rows))
-            vectors = _matrix(used)
-            if matrix is None:
-                shape = (len(photo_ids), vectors.shape[1])
-                matrix = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-            if vectors.shape[1] != matrix.shape[1]:
-                raise DataError(
-                    f"Ground embeddings of {key} have another width: materialise them with one model."
-                )
-            matrix[rows.drop_null().to_numpy()] = vectors
-        if matrix is not None:
-            cast(np.memmap, matrix).flush()
+class _MatrixWriter:
+    """Writes a (P, D) float32 .npy file row by row, P being known at the end; memory holds nothing.
 
+    Attributes:
+        rows: P so far.
+        content: hash of the rows, once the file is closed.
+    """
 
-@contextmanager
-def _file_for(path: "UPath") -> Iterator[Path]:
-    """A local file that becomes `path` when the block ends well: renamed, or put in one go."""
-    if is_local(path):
-        with atomic_local_file(path) as partial:
-            yield partial
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        partial = Path(folder) / path.name
-        yield partial
-        path.fs.put_file(str(partial), path.path)
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._width = 0
+        self.rows = 0
+        self.content = ""
+
+    def write(self, vectors: npt.NDArray[np.float32]) -> None:
+        """Add (N, D) rows."""
+        if not len(vectors):
+            return
+        if self._width and vectors.shape[1] != self._width:
+            raise DataError(
+                f"Ground embeddings are {self._width} and {vectors.shape[1]} wide: materialise them with one model."
+            )
+        if not self._width:
+            self._width = vectors.shape[1]
+            self._write_header()
+        data = np.ascontiguousarray(vectors).data.cast("B")
+        self._digest.update(data)
+        self._file.write(data)
+        self.rows += len(vectors)
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that the number of rows may grow in place.
+        shape = (self.rows, self._width)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._write_header()
+        self._digest.update(repr((self.rows, self._width)).encode())
+        self.content = self._digest.hexdigest()
