@@ -1,10 +1,16 @@
+import threading
+
 import numpy as np
 import pytest
+import torch
 from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError
 from training.augment import central_crops
 from training.data import Batches, Chips, TrainingSet, assemble, first_tiles, validation_batch
+from training.encoders import image_features, load_clip, patch_features, to_input
+from training.loop import at_pixels
+from training.losses import image_level_loss, pixel_level_loss
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +178,64 @@ def test_processes_share_a_batch_without_loss(data):
     assert whole.others.shape == (0, 32)
     with pytest.raises(DataError, match="for 51 processes"):
         batches_of(data, size=51)
+
+
+@pytest.mark.parametrize("level", ["image", "pixel"])
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(data, toy_world, level):
+    # What accumulation computes, in float64: one part after the other, gradients summed.
+    clip = load_clip(toy_world.architecture)
+    tower = clip.model.visual.double()
+    whole = batches_of(data, batch_tiles=20).draw(2)
+
+    def loss_and_gradient(parts):
+        tower.zero_grad()
+        total = 0.0
+        for part in (some for some in parts if len(some.photos)):
+            chips = torch.from_numpy(part.chips).permute(0, 3, 1, 2).double()
+            pixels = to_input(clip, part.crops.sample(chips))
+            photos = torch.from_numpy(part.photos).double()
+            others = torch.from_numpy(part.others).double()
+            owner = torch.from_numpy(part.tile_of_photo)
+            if level == "image":
+                loss = image_level_loss(image_features(tower, pixels), photos, owner, 0.07, others)
+            else:
+                queries = at_pixels(patch_features(tower, pixels), part.position, part.tile_of_photo, 16)
+                loss = pixel_level_loss(queries, photos, owner, len(part.crops), 0.07, others)
+            (loss * part.share).backward()
+            total += loss.item() * part.share
+        return total, torch.cat([p.grad.flatten() for p in tower.parameters()])
+
+    expected = loss_and_gradient([whole])
+    for count in (2, 3, 20):
+        loss, gradient = loss_and_gradient(whole.parts(count))
+        assert loss == pytest.approx(expected[0], rel=1e-12)
+        torch.testing.assert_close(gradient, expected[1], rtol=1e-9, atol=1e-12)
+    assert len(whole.parts(100)) == 20
+    assert whole.parts(1)[0] is whole
+
+
+def test_parts_know_which_photos_are_the_same(data):
+    whole = batches_of(data, batch_tiles=20).draw(2)
+    for part in whole.parts(3):
+        everyone = np.concatenate([part.identity, part.others_identity])
+        assert sorted(everyone) == sorted(whole.identity)
+        np.testing.assert_array_equal(data.embeddings[part.identity], part.photos)
+        np.testing.assert_array_equal(data.embeddings[part.others_identity], part.others)
+
+
+def test_no_more_batches_are_prepared_than_asked_for(data):
+    placed = []
+    ahead = threading.Semaphore(0)
+
+    def place(batch):
+        placed.append(batch)
+        ahead.release()
+        return batch
+
+    stream = batches_of(data).stream(0, 9, place, prefetch=2)
+    next(stream)
+    # The one in use and two ahead.
+    assert all(ahead.acquire(timeout=30) for _ in range(3))
+    assert not ahead.acquire(timeout=0.2)
+    stream.close()
+    assert len(placed) == 3

@@ -1,14 +1,18 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from upath import UPath
 
-from graft_pipeline.errors import DataError, GraftError, InputError
+from graft_pipeline.errors import DataError, GraftError, InputError, TrainingError
 from graft_pipeline.imagery import Sensor
+from training.checkpoint import load_checkpoint
 from training.encoders import encode_images, encode_texts, load_clip
 from training.export import read_card
 from training.loop import TrainConfig, at_pixels, recall, resolve_device, train
@@ -149,39 +153,6 @@ def test_progress_tells_loss_rate_and_validations(toy_world, tmp_path):
     assert [at.loss for at in told] == [row["loss"] for row in result.history]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"photos_per_tile": 1},
-        {"temperature": 0.2},
-        {"max_shift": 0.0},
-        {"learning_rate": 5e-4},
-        {"weight_decay": 0.5},
-        {"betas": (0.8, 0.9)},
-        {"grad_clip": 0.01},
-        {"warmup_steps": 0},
-        {"batch_tiles": 8},
-        {"precision": "bf16"},
-        {"level": "pixel"},
-    ],
-    ids=str,
-)
-def test_each_field_changes_what_is_learnt(toy_world, tmp_path, change, plain):
-    level = change.pop("level", "image")
-    assert run(toy_world, tmp_path, level, **change).model_id != plain.model_id
-
-
-@pytest.fixture(scope="module")
-def plain(toy_world, tmp_path_factory):
-    return run(toy_world, tmp_path_factory.mktemp("plain"))
-
-
-def test_fields_that_only_cost_change_nothing(toy_world, tmp_path, plain):
-    on_disk = run(toy_world, tmp_path / "disk", chip_memory_gb=0.0)
-    assert on_disk.model_id == plain.model_id
-    assert run(toy_world, tmp_path / "few", validation_tiles=3).validations[0]["tiles"] == 3
-
-
 def test_the_best_weights_are_exported_not_the_last(toy_world, tmp_path):
     # Far too large a rate: the validation loss rises after the first steps.
     result = run(
@@ -214,6 +185,113 @@ def test_a_loss_that_is_no_number_stops_with_advice(toy_world, tmp_path):
     assert not (tmp_path / "out" / "encoder").exists()
 
 
+def last_step(output):
+    """Step that a run would go on after."""
+    return load_checkpoint(UPath(output) / "checkpoints" / "last.safetensors")[1]["run"]["step"]
+
+
+def test_running_out_of_memory_stops_with_advice_and_goes_on_with_less(toy_world, tmp_path):
+    def ask_for_too_much(*_):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def fill(progress):
+        if progress.step == 3:
+            hooks.append(register_module_forward_pre_hook(ask_for_too_much))
+
+    hooks, steps = [], []
+    try:
+        with pytest.raises(
+            TrainingError, match=r"raise accumulation_steps .* goes on at its last checkpoint"
+        ):
+            run(toy_world, tmp_path / "out", progress=fill)
+    finally:
+        hooks[0].remove()
+    assert last_step(tmp_path / "out") == 2
+    # What the message says to do does not start the run anew.
+    less = {"accumulation_steps": 2, "grad_checkpointing": True}
+    resumed = run(toy_world, tmp_path / "out", progress=lambda at: steps.append(at.step), **less)
+    assert steps == [3, 4, 5, 6]
+    straight = run(toy_world, tmp_path / "straight")
+    losses = [[row["loss"] for row in some.history] for some in (resumed, straight)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+
+
+def test_other_errors_of_pytorch_are_not_taken_for_a_lack_of_memory(toy_world, tmp_path):
+    def fail(*_):
+        torch.zeros(2) @ torch.zeros(3)
+
+    hook = register_module_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="size"):
+            run(toy_world, tmp_path)
+    finally:
+        hook.remove()
+
+
+def test_a_corrupt_shard_stops_with_advice_and_the_run_goes_on_once_it_is_restored(toy_world, tmp_path):
+    root = UPath(tmp_path / "storage")
+    shutil.copytree(toy_world.root, root)
+    shard = root / "chips" / "chips-00000.tar"
+    whole = shard.read_bytes()
+    rows = pq.read_table(str(toy_world.folder / "training_set.parquet")).to_pylist()
+
+    def damage(progress):
+        if progress.step == 3:
+            rotten = bytearray(whole)
+            for row in rows:
+                rotten[row["chip_offset"] + row["chip_size_bytes"] // 2] ^= 0x10
+            shard.write_bytes(rotten)
+
+    def attempt(progress):
+        config = config_of(toy_world, chip_memory_gb=0.0)
+        return train(config, toy_world.folder, root, UPath(tmp_path / "out"), progress)
+
+    with pytest.raises(
+        DataError, match=r"Chip toy-\d+, at byte \d+ of chips/chips-00000.tar: .* materialise"
+    ):
+        attempt(damage)
+    assert last_step(tmp_path / "out") in (2, 4)
+    shard.write_bytes(whole)
+    resumed = attempt(None)
+    straight = run(toy_world, tmp_path / "straight")
+    assert resumed.history == straight.history
+    assert resumed.model_id == straight.model_id
+
+
+def test_a_broken_gradient_stops_before_it_reaches_the_weights(toy_world, tmp_path):
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, features):
+            return features.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.inf
+
+    def broken(module, _, output):
+        return Break.apply(output) if isinstance(module, torch.nn.LayerNorm) else output
+
+    hooks = []
+
+    def break_it(progress):
+        if progress.step == 3:
+            hooks.append(register_module_forward_hook(broken))
+
+    try:
+        with pytest.raises(TrainingError, match="gradient of step 3"):
+            run(toy_world, tmp_path, progress=break_it)
+    finally:
+        hooks[0].remove()
+    assert last_step(tmp_path) == 2
+
+
+def test_what_a_run_tells_of_its_pace(toy_world, tmp_path):
+    result = run(toy_world, tmp_path)
+    assert result.steps == 6
+    assert result.tiles_per_second > 0
+    assert 0 <= result.waiting_share <= 1
+
+
 def test_embeddings_of_another_model_are_refused(toy_world, tmp_path):
     other = tmp_path / "snapshot=other"
     other.mkdir()
@@ -241,6 +319,8 @@ def test_recall_by_hand():
 def test_configurations_and_devices_that_cannot_work_are_refused():
     with pytest.raises(InputError, match="steps, temperature"):
         TrainConfig(level="image", steps=0, temperature=0)
+    with pytest.raises(InputError, match="precision of a TrainConfig must be one of fp32, bf16"):
+        TrainConfig(level="image", precision="fp8")
     with pytest.raises(InputError, match="not known"):
         resolve_device("abacus")
     assert resolve_device("cpu").type == "cpu"
