@@ -57,7 +57,19 @@ def score(truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: S
     is_labelled = (truth >= 0) & (truth < count)
     if not is_labelled.any():
         raise InputError("No label is one of the classes: there is nothing to score.")
-    confusion = _confusion(truth[is_labelled], predicted[is_labelled], count)
+    return scores_of(_confusion(truth[is_labelled], predicted[is_labelled], count), classes)
+
+
+def scores_of(confusion: NDArray[np.int64], classes: Sequence[str]) -> Scores:
+    """Scores from a confusion matrix.
+
+    Args:
+        confusion: (K, K) int64, rows are the truth, columns the prediction; not all zero.
+        classes: names of the K classes.
+
+    Returns:
+        The scores; classes that the truth lacks have neither recall nor IoU.
+    """
     of_truth, of_prediction, right = confusion.sum(axis=1), confusion.sum(axis=0), confusion.diagonal()
     present = np.flatnonzero(of_truth)
     recall = {classes[i]: float(right[i] / of_truth[i]) for i in present}
