@@ -10,12 +10,11 @@ from assets.external import FOUNDATION_KEY
 from assets.learning import encoder_folder, local_model
 from assets.reporting import OWNERS, check_result, check_specs
 from graft_pipeline import previews, rules, schemas
-from graft_pipeline.imagery import Sensor
+from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.previews import to_markdown
 from graft_pipeline.progress import Progress
 from graft_pipeline.report import scores_folder, write_scores
 from graft_pipeline.settings import Settings
-from resources.earth_engine import EarthEngine
 from resources.planet.benchmark import Benchmark, build_benchmark
 from resources.planet.captions import captioned_photos
 from resources.planet.truth_client import PlanetTruth
@@ -75,8 +74,8 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         **options,
-        kinds={"numpy", "earthengine"},
-        pool="earth_engine",
+        kinds={"numpy"},
+        pool="imagery",
         check_specs=check_specs(
             [sensor.name, "benchmark"], "no_training_ground", partitioned=False, schema=False
         ),
@@ -84,14 +83,14 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     def benchmark(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
-        earth_engine: dg.ResourceParam[EarthEngine],
+        imagery: dg.ResourceParam[ImagerySource],
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """Labelled crops of ground that no training tile touches; for evaluation only."""
         truth = PlanetTruth(world.planet.url)
         made = build_benchmark(
             truth,
-            earth_engine,
+            imagery,
             sensor,
             world.benchmark_bounds,
             seed=world.seed,

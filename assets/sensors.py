@@ -1,8 +1,9 @@
 """The satellite half of a region, one factory for every sensor: scenes, tiles, chips, pairs, chip embeddings.
 
-Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; Earth Engine's client in resources.
+Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; imagery's clients in resources.
 """
 
+import re
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -19,13 +20,12 @@ from assets.reporting import (
     table_schema,
 )
 from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
-from graft_pipeline.imagery import Sensor
+from graft_pipeline.imagery import ImagerySource, Sensor, Source
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress
 from graft_pipeline.provenance import code_version
 from graft_pipeline.regions import Region
 from graft_pipeline.settings import Settings
-from resources.earth_engine import EarthEngine
 from resources.storage import Storage
 
 GROUND_TABLES = ["flickr_photos", "ground_images", "outdoor_photos"]
@@ -47,20 +47,27 @@ def eligible_photos(storage: Storage, region: str) -> pa.Table:
     )
 
 
-def external_collection(sensor: Sensor) -> dg.AssetKey:
-    """Key of the external asset that stands for a sensor's Earth Engine collection."""
-    return dg.AssetKey(["earthengine", sensor.collection.split("/", 1)[1].lower().replace("/", "_")])
+#: First part of the keys of external collections, and kind of the assets that come from them.
+SOURCE_KINDS: dict[Source, str] = {"earth_engine": "earthengine", "stac": "stac", "folder": "geotiff"}
 
 
-def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
+def external_collection(sensor: Sensor, source: Source) -> dg.AssetKey:
+    """Key of the external asset that stands for a sensor's collection in its source."""
+    collection = sensor.collection.split("/", 1)[1] if source == "earth_engine" else sensor.collection
+    return dg.AssetKey([SOURCE_KINDS[source], re.sub(r"\W+", "_", collection.lower()).strip("_") or "images"])
+
+
+def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list[dg.AssetsDefinition]:
     """The region-partitioned assets of one sensor, with the sensor's name as key prefix and group.
 
     Args:
         sensor: the sensor's record.
+        source: where its imagery comes from.
 
     Returns:
         `scenes`, `tiles`, `chips`, `pairs`.
     """
+    collection = external_collection(sensor, source)
 
     def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
         make = dg.asset(
@@ -78,21 +85,21 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
     @sensor_asset(
         schemas.SCENES,
-        deps=["regions", external_collection(sensor)],
+        deps=["regions", collection],
         code_version=code_version(scenes),
-        kinds={"parquet", "earthengine"},
-        pool="earth_engine",
+        kinds={"parquet", SOURCE_KINDS[source]},
+        pool="imagery",
         retry_policy=RETRY,
     )
     def scenes_asset(
         context: dg.AssetExecutionContext,
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
-        earth_engine: dg.ResourceParam[EarthEngine],
+        imagery: dg.ResourceParam[ImagerySource],
     ) -> dg.MaterializeResult:
         """Scenes of the collection that touch the region, listed once; which serves which tile is chosen locally."""
         region = Region.parse(context.partition_key, world.grid_deg)
-        table = scenes.scene_rows(earth_engine.list_scenes(sensor, region.bounds), sensor)
+        table = scenes.scene_rows(imagery.list_scenes(sensor, region.bounds), sensor)
         changed = storage.write(schemas.SCENES, table, sensor=sensor.name, region=region.key)
         extra = {}
         if sensor.has_cloud_rule and table.num_rows:
@@ -151,10 +158,10 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         schemas.CHIPS,
         "chip_georeference",
         "cloud_and_time",
-        deps=[tiles_asset, scenes_asset, external_collection(sensor)],
+        deps=[tiles_asset, scenes_asset, collection],
         code_version=code_version(chips),
-        kinds={"webdataset", "earthengine"},
-        pool="earth_engine",
+        kinds={"webdataset", SOURCE_KINDS[source]},
+        pool="imagery",
         retry_policy=RETRY,
     )
     def chips_asset(
@@ -162,7 +169,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         config: FetchConfig,
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
-        earth_engine: dg.ResourceParam[EarthEngine],
+        imagery: dg.ResourceParam[ImagerySource],
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """448 px images of the tiles, each one request for pixels of one scene, in tar shards with an index."""
@@ -170,15 +177,15 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         tiles, listed = storage.read(schemas.TILES, **place), storage.read(schemas.SCENES, **place)
         taken = storage.read(schemas.FLICKR_PHOTOS, region=context.partition_key)
         folder = storage.folder(schemas.CHIPS, **place)
-        requests = earth_engine.requests
+        requests = imagery.requests
         table, changed = chips.update(
             tiles,
             listed,
             taken,
             sensor,
             folder,
-            earth_engine.get_chip,
-            concurrency=earth_engine.concurrency,
+            imagery.get_chip,
+            concurrency=imagery.concurrency,
             max_attempts=world.max_attempts,
             today=datetime.now(UTC).date(),
             retry_now=config.retry_now,
@@ -194,7 +201,7 @@ def build_sensor_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             changed=changed,
             findings=findings,
             picture=sheets.chip_sheet(table, folder, seed=world.seed),
-            earth_engine_requests=earth_engine.requests - requests,
+            imagery_requests=imagery.requests - requests,
         )
 
     @sensor_asset(

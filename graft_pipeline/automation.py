@@ -24,12 +24,12 @@ def region_keys(sensors: Iterable[str]) -> list[dg.AssetKey]:
     return [*(dg.AssetKey(name) for name in GROUND), *keys_of(sensors, PER_REGION)]
 
 
-def build_jobs(sensors: Iterable[str], *, is_planet: bool) -> list[Any]:
+def build_jobs(sensors: Iterable[str], *, has_scores: bool) -> list[Any]:
     """The deployment's jobs.
 
     Args:
         sensors: names of the deployment's sensors.
-        is_planet: whether there is a benchmark, and so scores.
+        has_scores: whether there is a benchmark, and so scores.
 
     Returns:
         `register_regions`, `collect_region` (from search to pairs, all sensors: one run a partition), `learn`
@@ -55,7 +55,7 @@ def build_jobs(sensors: Iterable[str], *, is_planet: bool) -> list[Any]:
             description="Embeddings of one region's chips, for search and maps.",
         ),
     ]
-    if is_planet:
+    if has_scores:
         jobs.append(
             dg.define_asset_job(
                 "score",

@@ -21,11 +21,12 @@ from assets.learning import build_learning_assets
 from assets.planet import build_planet_assets, planet_foundation
 from assets.sensors import build_sensor_assets
 from graft_pipeline.automation import build_jobs
+from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.progress import LogProgress
 from graft_pipeline.settings import Settings, load_settings
-from resources.earth_engine import EarthEngine
 from resources.flickr import FlickrClient
 from resources.foundation import FoundationModel
+from resources.imagery import open_imagery
 from resources.images import ImageFetcher
 from resources.scene_classifier import SceneClassifier
 from resources.storage import Storage
@@ -65,11 +66,12 @@ def images(context: dg.InitResourceContext) -> ImageFetcher:
 
 
 @dg.resource(
-    required_resource_keys={"world"}, description="Earth Engine; GRAFT_EE_PROJECT and GRAFT_EE_KEY_FILE."
+    required_resource_keys={"world"},
+    description="Scenes and chips, from where GRAFT_IMAGERY says; Earth Engine: GRAFT_EE_PROJECT, GRAFT_EE_KEY_FILE.",
 )
-def earth_engine(context: dg.InitResourceContext) -> EarthEngine:
+def imagery(context: dg.InitResourceContext) -> ImagerySource:
     """Scenes and chips."""
-    return EarthEngine.from_settings(context.resources.world)
+    return open_imagery(context.resources.world)
 
 
 @dg.resource(required_resource_keys={"world", "storage"}, description="The frozen CLIP (f_G, f_T).")
@@ -112,6 +114,8 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     """
     settings = settings or load_settings()
     sensors = list(settings.sensor_records.values())
+    # The planet knows what its own pixels show; whatever else is looked at, it does not.
+    has_truth = settings.is_planet and settings.imagery == "earth_engine"
     assets: list[Any] = [
         regions,
         search_locations,
@@ -122,8 +126,8 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         *build_external_assets(settings),
     ]
     for sensor in sensors:
-        assets += [*build_sensor_assets(sensor), *build_learning_assets(sensor)]
-        if settings.is_planet:
+        assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
+        if has_truth:
             assets += build_planet_assets(sensor)
     if settings.is_planet:
         assets.append(planet_foundation)
@@ -132,14 +136,14 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         "storage": storage,
         "flickr": flickr,
         "images": images,
-        "earth_engine": earth_engine,
+        "imagery": imagery,
         "foundation": foundation,
         "scene_classifier": scene_classifier,
         "progress": progress,
     }
     return dg.Definitions(
         assets=assets,
-        jobs=build_jobs([sensor.name for sensor in sensors], is_planet=settings.is_planet),
+        jobs=build_jobs([sensor.name for sensor in sensors], has_scores=has_truth),
         resources={**resources, **overrides},
         # One process a run: a region is minutes of work in threads, and its world opens once.
         executor=dg.in_process_executor,

@@ -131,11 +131,14 @@ class ImagerySource(Protocol):
 
     Attributes:
         concurrency: requests at the same time; for the caller's thread pool.
-        requests: HTTP requests, or reads of files, so far.
     """
 
     concurrency: int
-    requests: int
+
+    @property
+    def requests(self) -> int:
+        """HTTP requests, or reads of files, so far."""
+        ...
 
     def list_scenes(
         self,

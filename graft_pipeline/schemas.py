@@ -141,6 +141,28 @@ FLICKR_PHOTOS = _dataset(
     partitions=("region",),
 )
 
+PURGED_PHOTOS = _dataset(
+    "purged_photos",
+    [
+        _PHOTO_ID,
+        _column("reason", pa.string(), "why it was purged, in the words of whoever did"),
+        _column("purged_at_utc", UTC, "when it was purged first"),
+    ],
+    key=("photo_id",),
+    partitions=(),
+)
+
+PURGED_OWNERS = _dataset(
+    "purged_owners",
+    [
+        _column("owner_id", pa.string(), "Flickr's id of a photographer whose photos are kept out"),
+        _column("reason", pa.string(), "why they were purged, in the words of whoever did"),
+        _column("purged_at_utc", UTC, "when they were purged first"),
+    ],
+    key=("owner_id",),
+    partitions=(),
+)
+
 GROUND_IMAGES = _dataset(
     "ground_images",
     [
@@ -294,6 +316,30 @@ CHIP_EMBEDDINGS = _dataset(
     partitions=("sensor", "region"),
 )
 
+#: Index of a folder of GeoTIFFs, kept beside them (resources/imagery_folder.py); no dataset of the storage root.
+IMAGERY_FILES = _dataset(
+    "imagery_files",
+    [
+        _column("file", pa.string(), "path within the folder"),
+        _column("signature", pa.string(), "fingerprint of size and time of the file, and of what describes it"),
+        _STATUS,
+        _REASON,
+        _column("scene_id", pa.string(), "id of the scene: the path without its extension"),
+        _column("acquired_at_utc", UTC, "when it was acquired", nullable=True),
+        _column("cloud_pct", pa.float64(), "cloud percentage of the whole scene", nullable=True),
+        _column("crs", pa.string(), "the file's own CRS, e.g. EPSG:26919", nullable=True),
+        _column("x0_m", pa.float64(), "easting of its upper left corner", nullable=True),
+        _column("y0_m", pa.float64(), "northing of its upper left corner", nullable=True),
+        _column("gsd_m", pa.float64(), "metres per pixel", nullable=True),
+        _column("width_px", pa.int32(), "columns", nullable=True),
+        _column("height_px", pa.int32(), "rows", nullable=True),
+        _column("bands", pa.list_(pa.string()), "descriptions of its bands, empty where there is none"),
+        _column("footprint_wkb", pa.binary(), "polygon of valid ground, EPSG:4326", nullable=True),
+    ],
+    key=("file",),
+    partitions=(),
+)
+
 #: Every dataset that `graft query` opens as a view.
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
@@ -301,6 +347,8 @@ DATASETS: dict[str, Dataset] = {
         REGIONS,
         SEARCH_LOCATIONS,
         FLICKR_PHOTOS,
+        PURGED_PHOTOS,
+        PURGED_OWNERS,
         GROUND_IMAGES,
         GROUND_EMBEDDINGS,
         OUTDOOR_PHOTOS,

@@ -4,12 +4,13 @@ Which scene serves which chip is decided in graft_pipeline/scenes.py; how chips 
 """
 
 import functools
+import io
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +34,17 @@ from resources.http import (
 from resources.imagery import (
     TRANSPORT_ERRORS,
     RequestError,
+    checked_window,
     chip_or_item_error,
     status_failure,
     transport_failure,
+    widened,
 )
 
 logger = logging.getLogger(__name__)
 
 #: Largest page of listAssets with properties (REST reference, EarthEngineAssetView FULL).
 PAGE_SIZE = 1000
-#: A box in degrees has parallels as edges, Earth Engine's polygons have geodesics: at 60 degrees of latitude
-#: they part by 0.002 degrees over a degree of longitude.
-LISTING_MARGIN_DEG = 0.01
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -170,16 +170,17 @@ class EarthEngine:
             SettingsError: if project or credentials are refused.
             ServiceError: if Earth Engine cannot be reached, or keeps failing.
         """
-        first = start or datetime.fromisoformat(sensor.listed_from).replace(tzinfo=UTC)
+        first, last = checked_window(sensor, start, end)
         # `endTime` would compare with the end of a scene's acquisition: a window by its start is half-open.
         terms = [f'startTime >= "{_rfc3339(first)}"']
-        if end is not None:
-            terms.append(f'startTime < "{_rfc3339(end)}"')
+        if last is not None:
+            terms.append(f'startTime < "{_rfc3339(last)}"')
         terms.append(f'intersects("{_box(bounds)}")')
         fields = "id,startTime,endTime,geometry,bands(id,grid)"
         if sensor.cloud_property is not None:
-            # Most scenes are cloudy; of a region of a degree that is tens of thousands fewer.
-            terms.append(f"properties.{sensor.cloud_property} < {sensor.max_cloud_pct}")
+            if sensor.scene_limit_pct is not None:
+                # Most scenes are cloudy; of a region of a degree that is tens of thousands fewer.
+                terms.append(f"properties.{sensor.cloud_property} < {sensor.scene_limit_pct}")
             fields += f",properties/{sensor.cloud_property}"
         query = {
             "parent": sensor.collection,
@@ -206,8 +207,8 @@ class EarthEngine:
             grid: where; its CRS must be projected, metres.
 
         Returns:
-            (grid.height_px, grid.width_px, 3) array of the sensor's bands in the source's own dtype; 0 where
-            the scene has no data.
+            (grid.height_px, grid.width_px, bands) array of the sensor's requested bands in the source's own
+            dtype, the widest of them if they differ; 0 where the scene has no data.
 
         Raises:
             ItemError: if this chip cannot be had. Permanent: `scene_missing`, `bad_request`. To be tried
@@ -215,10 +216,12 @@ class EarthEngine:
             SettingsError: if project or credentials are refused.
             ServiceError: if Earth Engine cannot be reached, or chip after chip fails.
         """
+        # Bands of several types do not go into one GeoTIFF; NPY gives each its own, but has no georeference.
+        is_plain = sensor.requested_bands == sensor.bands
         request = {
             "assetId": scene_id,
-            "fileFormat": "GEO_TIFF",
-            "bandIds": list(sensor.bands),
+            "fileFormat": "GEO_TIFF" if is_plain else "NPY",
+            "bandIds": list(sensor.requested_bands),
             "grid": {
                 "dimensions": {"width": grid.width_px, "height": grid.height_px},
                 "affineTransform": {
@@ -234,7 +237,8 @@ class EarthEngine:
         }
 
         def attempt() -> NDArray[Any]:
-            return decode_chip(self._request(lambda ee: ee.data.getPixels(request)), sensor, grid)
+            decode = decode_chip if is_plain else decode_bands
+            return decode(self._request(lambda ee: ee.data.getPixels(request)), sensor, grid)
 
         return chip_or_item_error(scene_id, attempt, self._retries, self._breaker, self._unreachable)
 
@@ -491,7 +495,7 @@ def decode_chip(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
 
     Args:
         content: what getPixels returned; any bytes at all, such as a page of HTML.
-        sensor: tells how many bands, and whether they are 8-bit.
+        sensor: tells whether its three bands are 8-bit.
         grid: where the pixels must lie.
 
     Returns:
@@ -514,6 +518,38 @@ def decode_chip(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
     except rasterio.errors.RasterioError as error:
         raise TransientError("truncated", f"the GeoTIFF cannot be read: {error}") from None
     raise TransientError("invalid_pixels", problem)
+
+
+def decode_bands(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
+    """Check that bytes are the NPY of bands that was asked for, and read it.
+
+    Args:
+        content: what getPixels returned; any bytes at all, such as a page of HTML.
+        sensor: names the requested bands, in their order.
+        grid: its size is that of the pixels.
+
+    Returns:
+        (grid.height_px, grid.width_px, bands) array in the widest of the bands' dtypes.
+
+    Raises:
+        TransientError: `invalid_pixels` if it is another thing, `truncated` if it ends early.
+    """
+    from numpy.lib import format as npy
+
+    if not content.startswith(npy.MAGIC_PREFIX):
+        kind = "HTML" if content.lstrip()[:1] == b"<" else "no NPY"
+        raise TransientError("invalid_pixels", f"{len(content)} bytes of {kind} instead of pixels")
+    try:
+        table = npy.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise TransientError("truncated", f"the NPY cannot be read: {error}") from None
+    shape, wanted = table.shape, (grid.height_px, grid.width_px)
+    if set(table.dtype.names or ()) != set(sensor.requested_bands) or shape != wanted:
+        found = f"bands {table.dtype.names} of {shape}"
+        raise TransientError("invalid_pixels", f"{found} instead of {sensor.requested_bands} of {wanted}")
+    if sensor.display_range is None and any(table[name].dtype != np.uint8 for name in sensor.bands):
+        raise TransientError("invalid_pixels", f"bands of type {table.dtype}")
+    return np.stack([table[name] for name in sensor.requested_bands], axis=-1)
 
 
 def _mismatch(source: Any, sensor: Sensor, grid: Grid) -> str | None:
@@ -540,18 +576,12 @@ def _crs(epsg: int) -> Any:
 
 
 def _rfc3339(moment: datetime) -> str:
-    if moment.tzinfo is None:
-        raise InputError("Acquisition times need a time zone: pass datetimes in UTC.")
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _box(bounds: tuple[float, float, float, float]) -> str:
     """A box as GeoJSON in single quotes, as the filter language wants it."""
-    west, south, east, north = bounds
-    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-        raise InputError(f"{bounds} is no box (west, south, east, north) in degrees of EPSG:4326.")
-    west, east = max(west - LISTING_MARGIN_DEG, -180.0), min(east + LISTING_MARGIN_DEG, 180.0)
-    south, north = max(south - LISTING_MARGIN_DEG, -90.0), min(north + LISTING_MARGIN_DEG, 90.0)
+    west, south, east, north = widened(bounds)
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
     corners = ", ".join(f"[{x:.6f}, {y:.6f}]" for x, y in ring)
     return f"{{'type': 'Polygon', 'coordinates': [[{corners}]]}}"

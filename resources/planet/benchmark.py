@@ -17,9 +17,8 @@ from graft_pipeline import chips as chip_rules
 from graft_pipeline import scenes as scene_rules
 from graft_pipeline.errors import DataError, ItemError
 from graft_pipeline.geometry import Grid, Projection, utm_epsg
-from graft_pipeline.imagery import Sensor
+from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.manifests import write_bytes_atomic
-from resources.earth_engine import EarthEngine
 from resources.planet.truth_client import PlanetTruth
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Benchmark:
 
 def build_benchmark(
     truth: PlanetTruth,
-    earth_engine: EarthEngine,
+    imagery: ImagerySource,
     sensor: Sensor,
     bounds: tuple[float, float, float, float],
     *,
@@ -103,7 +102,7 @@ def build_benchmark(
 
     Args:
         truth: the planet's truth.
-        earth_engine: the client that chips come through.
+        imagery: the client that chips come through.
         sensor: the sensor.
         bounds: (west, south, east, north) of the area, EPSG:4326, within one UTM zone.
         chips_per_class: crops for each class, at most.
@@ -130,7 +129,7 @@ def build_benchmark(
     grids = [grid_at(place) for places in labelled.values() for place in places]
     labels = np.repeat(np.arange(len(labelled)), [len(places) for places in labelled.values()])
     mask_grids = [grid_at(place) for place in stratified]
-    pixels = _fetch(earth_engine, sensor, bounds, [*grids, *mask_grids], progress)
+    pixels = _fetch(imagery, sensor, bounds, [*grids, *mask_grids], progress)
     kept = np.array([array is not None for array in pixels], bool)
     if not kept.all():
         logger.warning(
@@ -225,21 +224,21 @@ def _stratified_places(cover: np.ndarray, classes: int, count: int, rng: np.rand
 
 
 def _fetch(
-    earth_engine: EarthEngine,
+    imagery: ImagerySource,
     sensor: Sensor,
     bounds: tuple[float, float, float, float],
     grids: list[Grid],
     progress: Callable[[int, int], None] | None,
 ) -> list[np.ndarray | None]:
     """Fetch a crop for every grid: (P, P, 3) uint8, None where no scene has all its pixels."""
-    listed = scene_rules.scene_rows(earth_engine.list_scenes(sensor, bounds), sensor)
+    listed = scene_rules.scene_rows(imagery.list_scenes(sensor, bounds), sensor)
     candidates = scene_rules.candidates_for_grids(grids, [REFERENCE_DATE] * len(grids), listed, sensor)
 
     def fetch(work: tuple[Grid, list[str]]) -> np.ndarray | None:
         grid, scene_ids = work
         for scene_id in scene_ids[: chip_rules.MAX_CANDIDATES]:
             try:
-                array = earth_engine.get_chip(sensor, scene_id, grid)
+                array = imagery.get_chip(sensor, scene_id, grid)
             except ItemError as error:
                 logger.warning("benchmark crop of %s: %s", scene_id, error)
                 continue
@@ -248,7 +247,7 @@ def _fetch(
         return None
 
     results: list[np.ndarray | None] = []
-    with ThreadPoolExecutor(min(8, earth_engine.concurrency)) as pool:
+    with ThreadPoolExecutor(min(8, imagery.concurrency)) as pool:
         for done, array in enumerate(pool.map(fetch, zip(grids, candidates, strict=True)), start=1):
             results.append(array)
             if progress:
