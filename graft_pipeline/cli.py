@@ -22,7 +22,9 @@ areas_app = typer.Typer(no_args_is_help=True, help="Register the areas whose reg
 planet_app = typer.Typer(
     no_args_is_help=True, help="The embedded world that answers Flickr's and Earth Engine's APIs."
 )
+photos_app = typer.Typer(no_args_is_help=True, help="What becomes of photos after they were collected.")
 app.add_typer(areas_app, name="areas")
+app.add_typer(photos_app, name="photos")
 app.add_typer(planet_app, name="planet")
 
 
@@ -165,6 +167,45 @@ def areas_list() -> None:
     _table("Areas", ["area", "regions", "west", "south", "east", "north"], rows)
 
 
+@photos_app.command("purge")
+def photos_purge(
+    photo_ids: Annotated[list[str] | None, typer.Argument(help="Flickr's ids of photos.")] = None,
+    owner: Annotated[
+        list[str] | None,
+        typer.Option(help="Flickr's id of an owner: all their photos, also later ones. Repeatable."),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Kept in the list of purged photos.")] = "requested",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be removed.")] = False,
+) -> None:
+    """Remove photos from every dataset and keep them out; run it while nothing is being collected."""
+    from datetime import UTC
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from graft_pipeline.purging import purge
+
+    if not photo_ids and not owner:
+        raise typer.BadParameter("give ids of photos, or --owner", param_hint="IDS")
+    storage = _storage()
+    with Progress(console=Console(stderr=True)) as bars, storage.explained():
+        task = bars.add_task("Regions", total=None)
+        report = purge(
+            storage,
+            photo_ids or [],
+            owner or [],
+            reason=reason,
+            now=datetime.now(UTC),
+            dry_run=dry_run,
+            progress=lambda done, of: bars.update(task, completed=done, total=of),
+        )
+        bars.update(task, completed=report.regions, total=report.regions)
+    counts = {"newly listed photos": report.photos, "newly listed owners": report.owners, **report.rows}
+    counts |= {"training sets": report.training_sets, "regions": report.regions}
+    title = "Would be purged" if dry_run else "Purged"
+    _table(title, ["what", "count"], [list(item) for item in counts.items()])
+
+
 @app.command()
 def query(
     sql: Annotated[str, typer.Argument(help="Any DuckDB SQL; every dataset is a view.")],
@@ -268,6 +309,66 @@ def segment(
         )
     rows = [[number, name, f"{100 * share:.1f} %"] for number, (name, share) in enumerate(made.share.items())]
     _table(f"{made.path}: {made.width_px} x {made.height_px} px", ["value", "class", "share"], rows)
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="eurosat, bigearthnet, bigearthnet43, sat4, sat6, satlas_naip or satlas_sentinel2."
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder or file of the dataset, as published.")],
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=KIND:WHAT[:WEIGHTS], KIND of folder, open_clip, timm, torchvision; repeatable. "
+            "Default: this deployment's encoder."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="JSON file of classes and templates; default: ours.")
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder of the report; evaluations of other datasets stay in it."
+        ),
+    ] = Path("evaluation"),
+    draws: Annotated[int, typer.Option(min=0, help="One-shot runs; 0 leaves one-shot out.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of one-shot examples and bootstrap resamples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+) -> None:
+    """Score encoders on a benchmark of the paper, beside the paper's own numbers (Tables 1 to 3)."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import Progress
+    from upath import UPath
+
+    from training.zero_shot.benchmarks import evaluate_dataset
+    from training.zero_shot.tables import save_evaluation, write_evaluation_report
+
+    with Progress() as bars:
+        task = bars.add_task(dataset, total=None)
+        made = evaluate_dataset(
+            dataset,
+            data,
+            contender or [],
+            prompts,
+            _storage().models_folder,
+            draws=draws,
+            seed=seed,
+            device=device,
+            progress=lambda done, of: bars.update(task, completed=done, total=of),
+        )
+    folder = UPath(output)
+    save_evaluation(folder, made)
+    Console().print(Markdown(write_evaluation_report(folder).split("\n## " + dataset)[0]))
+    skipped = ", ".join(f"{reason} {count}" for reason, count in made.skipped.items())
+    typer.echo(
+        f"{made.images} images scored{f'; left out: {skipped}' if skipped else ''}. Report: {output}/report.html"
+    )
 
 
 @app.command()
