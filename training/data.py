@@ -30,6 +30,7 @@ from training.encoders import reduce_chips
 logger = logging.getLogger(__name__)
 
 _EMBEDDINGS = "ground_embeddings.npy"
+_ALT_TEXTS = "alt_text_embeddings.npy"
 _TABLE = "training_set.parquet"
 
 T = TypeVar("T")
@@ -75,21 +76,39 @@ class Tiles:
         return self.first_photo[tiles][tile_of_photo] + within, tile_of_photo
 
 
+class SideBySide:
+    """Matrices of one height as one matrix of all their columns, of which only the rows asked for are made.
+
+    Attributes:
+        shape: (rows, columns of all).
+    """
+
+    def __init__(self, *matrices: NDArray[np.float32]) -> None:
+        self._matrices = matrices
+        self.shape = (len(matrices[0]), sum(matrix.shape[1] for matrix in matrices))
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.concatenate([matrix[rows] for matrix in self._matrices], axis=1)
+
+
 class TrainingSet:
     """A frozen training set as `training_sets.build_training_set` wrote it.
 
     Attributes:
         fingerprint: content fingerprint, from the snapshot folder's name.
         embeddings: (P, D) float32, f_G of all photos; a memory map where the storage is local.
+        targets: what a batch holds of its photos: the embeddings, or (P, 2 D) f_G and f_T beside each other.
         pair_count: number of (tile, photo) rows, all splits.
     """
 
-    def __init__(self, folder: UPath, storage_root: UPath) -> None:
+    def __init__(self, folder: UPath, storage_root: UPath, *, alt_text: bool = False) -> None:
         """Read the table; chips stay where they are.
 
         Args:
             folder: folder of the snapshot, with training_set.parquet and ground_embeddings.npy.
             storage_root: root that the table's shard names are relative to.
+            alt_text: read alt_text_embeddings.npy too, f_T of the photos' titles and tags, and leave out photos
+                without either, whose rows in it are zero.
 
         Raises:
             InputError: if the folder is no training set.
@@ -105,11 +124,16 @@ class TrainingSet:
                 f"{folder} is no training set: {error}. Materialise training_set first."
             ) from error
         self.fingerprint = self.folder.name.removeprefix("snapshot=")
-        self.pair_count = len(table)
         if len(table) and pc.max(table["embedding_row"]).as_py() >= len(self.embeddings):
             raise DataError(
                 f"{folder} points past its {len(self.embeddings)} embeddings: materialise it again."
             )
+        self.targets: NDArray[np.float32] | SideBySide = self.embeddings
+        if alt_text:
+            texts = _read_alt_texts(self.folder / _ALT_TEXTS, self.embeddings.shape)
+            table = table.filter(pa.array(texts[table["embedding_row"].to_numpy()].any(axis=1)))
+            self.targets = SideBySide(self.embeddings, texts)
+        self.pair_count = len(table)
         table = table.sort_by([("tile_id", "ascending"), ("photo_id", "ascending")])
         self._splits = {
             name: _tiles(table.filter(pc.equal(table["split"], name))) for name in ("train", "validation")
@@ -289,7 +313,7 @@ class Batches:
         self,
         tiles: Tiles,
         chips: Chips,
-        embeddings: NDArray[np.float32],
+        embeddings: NDArray[np.float32] | SideBySide,
         *,
         crop_px: int,
         batch_tiles: int,
@@ -511,6 +535,18 @@ def _tiles(table: pa.Table) -> Tiles:
         position=np.stack([table["col_px"].to_numpy(), table["row_px"].to_numpy()], axis=1),
         embedding_row=table["embedding_row"].to_numpy(),
     )
+
+
+def _read_alt_texts(path: UPath, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    try:
+        texts = _read_embeddings(path)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"Alt-text is to be learned from, but {path} is not there: materialise the sensor's ablations."
+        ) from error
+    if texts.shape != shape:
+        raise DataError(f"{path} is {texts.shape}, not {shape}: materialise the sensor's ablations again.")
+    return texts
 
 
 def _read_embeddings(path: UPath) -> NDArray[np.float32]:

@@ -59,6 +59,9 @@ class TrainConfig:
         betas: of AdamW.
         grad_clip: largest gradient norm.
         temperature: tau, fixed.
+        photo_weight: of the loss against f_G of the photos; with alt_text_weight, the paper's ablation of targets.
+        alt_text_weight: of the same loss against f_T of the photos' titles and tags, which are added; above 0,
+            photos without either are left out.
         mask_shared_photos: a photo that lies under two tiles of a batch is not its own negative; off is the
             paper.
         max_shift: largest move of a crop in x and y, as a share of its side; see `augment.random_crops`.
@@ -93,6 +96,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     grad_clip: float = 1.0
     temperature: float = 0.07
+    photo_weight: float = 1.0
+    alt_text_weight: float = 0.0
     mask_shared_photos: bool = False
     max_shift: float = 0.5
     validate_every: int = 500
@@ -126,6 +131,10 @@ class TrainConfig:
         wrong = [name for name in positive if getattr(self, name) is not None and getattr(self, name) <= 0]
         if wrong:
             raise InputError(f"{', '.join(wrong)} of a TrainConfig must be positive.")
+        if min(self.photo_weight, self.alt_text_weight) < 0 or self.photo_weight + self.alt_text_weight == 0:
+            raise InputError(
+                "photo_weight and alt_text_weight of a TrainConfig must not be negative nor both 0."
+            )
         for name, known in (("level", ("image", "pixel")), ("precision", ("fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} of a TrainConfig must be one of {', '.join(known)}.")
@@ -280,7 +289,7 @@ def train(
         foundation_id = clip.fingerprint()
         if config.level == "pixel":
             check_patch_tower(clip.model.visual)
-        data = TrainingSet(training_set_folder, storage_root)
+        data = TrainingSet(training_set_folder, storage_root, alt_text=config.alt_text_weight > 0)
         _check_width(data, clip)
         trainer = _Trainer(config, clip, data, device, team)
         # The foundation model is known by its content, not by the folder that it was loaded from.
@@ -446,7 +455,7 @@ class _Trainer:
         self.batches = Batches(
             self.tiles,
             self._chips(self.tiles, data),
-            data.embeddings,
+            data.targets,
             crop_px=clip.image_px,
             batch_tiles=config.batch_tiles,
             photos_per_tile=config.photos_per_tile,
@@ -470,7 +479,7 @@ class _Trainer:
             self._validation = validation_batch(
                 seen,
                 self._chips(seen, data),
-                data.embeddings,
+                data.targets,
                 crop_px=clip.image_px,
                 photos_per_tile=config.photos_per_tile,
                 seed=config.seed,
@@ -566,7 +575,7 @@ class _Trainer:
         has_photo = np.isin(own_tile, batch.tile_of_photo)
         recalls = recall(
             queries[torch.from_numpy(has_photo).to(self._device)],
-            placed.photos,
+            placed.photos[:, : self._clip.embedding_width],
             own_tile[has_photo],
             batch.tile_of_photo,
             RECALL_AT,
@@ -591,11 +600,20 @@ class _Trainer:
         if not len(placed.photos):
             # All photos left their crops: nothing to learn here, but the graph has to be there for the others.
             return queries.sum() * 0.0
-        arguments = placed.photos, placed.tile_of_photo
-        options = self.config.temperature, placed.others, placed.identity
-        if self.config.level == "image":
-            return image_level_loss(queries, *arguments, *options)
-        return pixel_level_loss(queries, *arguments, len(placed.batch.crops), *options)
+        config, width = self.config, self._clip.embedding_width
+        total = queries.sum() * 0.0
+        for weight, first in ((config.photo_weight, 0), (config.alt_text_weight, width)):
+            if weight:
+                columns = slice(first, first + width)
+                others = None if placed.others is None else placed.others[:, columns]
+                arguments = placed.photos[:, columns], placed.tile_of_photo
+                options = config.temperature, others, placed.identity
+                if config.level == "image":
+                    loss = image_level_loss(queries, *arguments, *options)
+                else:
+                    loss = pixel_level_loss(queries, *arguments, len(placed.batch.crops), *options)
+                total = total + weight * loss
+        return total
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
