@@ -9,8 +9,6 @@ from dataclasses import fields, replace
 
 import numpy as np
 import open_clip
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -47,22 +45,6 @@ LEARNT = {
     "precision": "bf16",
     "seed": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def crowded(toy_world, tmp_path_factory):
-    """The toy training set, but photos lie under several tiles: snapshot folder."""
-    folder = UPath(tmp_path_factory.mktemp("crowded") / "snapshot=crowded")
-    folder.mkdir()
-    table = pq.read_table(str(toy_world.folder / "training_set.parquet"))
-    column = table.schema.get_field_index("embedding_row")
-    shared = pa.array(np.asarray(table["embedding_row"]) % 40, pa.int64())
-    table = table.set_column(column, table.schema.field(column), shared)
-    pq.write_table(table, str(folder / "training_set.parquet"))
-    (folder / "ground_embeddings.npy").write_bytes((toy_world.folder / "ground_embeddings.npy").read_bytes())
-    texts = np.load(str(folder / "ground_embeddings.npy"))[:, ::-1]
-    np.save(str(folder / "alt_text_embeddings.npy"), texts)
-    return folder
 
 
 @pytest.fixture(scope="module")
