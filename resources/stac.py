@@ -4,6 +4,7 @@ Which scene serves which chip is decided in graft_pipeline/scenes.py; how raster
 """
 
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -104,6 +105,8 @@ class Stac:
     ) -> None:
         if not is_http_url(url):
             raise SettingsError(f"The STAC API's address {url!r} is no http(s) URL: correct GRAFT_STAC_URL.")
+        if importlib.util.find_spec("pystac_client") is None:
+            raise SettingsError("GRAFT_IMAGERY=stac needs pystac-client: pip install 'graft-pipeline[stac]'.")
         self.concurrency = concurrency
         self._url = url.rstrip("/")
         self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s)
