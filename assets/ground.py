@@ -16,7 +16,17 @@ from assets.reporting import (
     report_table,
     table_schema,
 )
-from graft_pipeline import areas, embeddings, ground_images, photos, previews, sampling, schemas, sheets
+from graft_pipeline import (
+    areas,
+    embeddings,
+    ground_images,
+    photos,
+    previews,
+    purging,
+    sampling,
+    schemas,
+    sheets,
+)
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress
 from graft_pipeline.provenance import code_version
@@ -105,7 +115,10 @@ def flickr_photos(
         locations, flickr.search, since, datetime.now(UTC), progress.task(f"{region.key} Flickr search")
     )
     found = photos.photo_rows(raw, region)
-    table = photos.merge_photos(known, found.table)
+    wanted = purging.keep_out(
+        found.table, storage.read(schemas.PURGED_PHOTOS), storage.read(schemas.PURGED_OWNERS)
+    )
+    table = photos.merge_photos(known, wanted)
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
     where = photos.by_status(table)
     return report_table(
@@ -117,6 +130,7 @@ def flickr_photos(
         flickr_calls=flickr.calls - calls,
         new_photos=table.num_rows - known.num_rows,
         outside_region=found.outside_region,
+        purged_records_kept_out=found.table.num_rows - wanted.num_rows,
     )
 
 

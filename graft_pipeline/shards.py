@@ -6,9 +6,10 @@ Which rows point into a shard is kept by ground_images.py and chips.py.
 import hashlib
 import os
 import re
+import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,6 +22,9 @@ from graft_pipeline.manifests import atomic_local_file, is_local
 
 if TYPE_CHECKING:
     from upath import UPath
+
+#: Name of a member whose content was removed; WebDataset passes over names of this form.
+BLANK_NAME = "__purged__"
 
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[a-z0-9]+")
 
@@ -136,6 +140,54 @@ class ShardWriter:
             if not is_local(self._path):
                 path = cast("UPath", self._path)
                 path.fs.put_file(str(self._partial), path.path)
+
+
+def blank_members(folder: "UPath | Path", shard: str, keys: Collection[str]) -> int:
+    """Take members out of a shard for good, atomically; all others stay where they are, byte for byte.
+
+    A member taken out becomes zeros of its length, under BLANK_NAME: so every index and every training set
+    that points into the shard stays right. Members that no row points to any more are found as well.
+
+    Args:
+        folder: folder of the shard.
+        shard: its file name.
+        keys: names of the members, without extensions.
+
+    Returns:
+        Number of members taken out; without any, nothing is written.
+
+    Raises:
+        DataError: if the shard is no tar file.
+    """
+    path = folder / shard
+    with ExitStack() as stack:
+        if is_local(path):
+            copy = Path(str(path))
+        else:
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / shard
+            remote = cast("UPath", path)
+            remote.fs.get_file(remote.path, str(copy))
+        try:
+            with tarfile.open(copy, mode="r:") as tar:
+                found = [member for member in tar if member.name.partition(".")[0] in keys]
+        except tarfile.TarError as error:
+            raise DataError(f"Shard {path} cannot be read ({error}): restore it from a backup.") from error
+        if not found:
+            return 0
+        if is_local(path):
+            partial = stack.enter_context(atomic_local_file(path))
+            copy = Path(shutil.copyfile(copy, partial))
+        with copy.open("r+b") as file:
+            for member in found:
+                blank = tarfile.TarInfo(BLANK_NAME)
+                blank.size, blank.mtime, blank.mode = member.size, 0, 0o644
+                file.seek(member.offset)
+                file.write(blank.tobuf(tarfile.USTAR_FORMAT) + bytes(member.size))
+            file.flush()
+            os.fsync(file.fileno())
+        if not is_local(path):
+            remote.fs.put_file(str(copy), remote.path)
+    return len(found)
 
 
 def read_member(folder: "UPath | Path", shard: str, offset: int, size_bytes: int) -> bytes:

@@ -17,6 +17,8 @@ COMMANDS = [
     ["areas"],
     ["areas", "add"],
     ["areas", "list"],
+    ["photos"],
+    ["photos", "purge"],
     ["query"],
     ["status"],
 ]
@@ -42,6 +44,17 @@ def test_help_says_what_a_command_does(command: list[str]) -> None:
 
 def test_an_unknown_command_is_wrong_usage() -> None:
     assert graft("no-such-command").returncode == 2
+
+
+def test_a_purge_says_what_it_did_or_what_is_wrong(tmp_path: Path) -> None:
+    assert graft("photos", "purge", root=tmp_path).returncode == 2
+    done = graft("photos", "purge", "no id", root=tmp_path)
+    assert (done.returncode, "no id" in done.stderr) == (1, True)
+    done = graft("photos", "purge", "123", "--owner", "7@N00", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "newly listed photos" in done.stdout
+    listed = graft("query", "SELECT photo_id, reason FROM purged_photos", "--csv", root=tmp_path)
+    assert listed.stdout.split() == ["photo_id,reason", "123,requested"]
 
 
 def test_a_missing_area_file_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
