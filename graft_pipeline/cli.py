@@ -142,7 +142,8 @@ def areas_add(
 
     area = areas.read_area(file, name=name, where=where)
     storage = _storage()
-    path = areas.register_area(storage.areas_folder, area)
+    with storage.explained():
+        path = areas.register_area(storage.areas_folder, area)
     touched = regions_touching(area.geometry, load_settings().grid_deg)
     typer.echo(f"{area.name}: {len(touched)} regions, registered at {path}")
 
@@ -155,7 +156,12 @@ def areas_list() -> None:
     from graft_pipeline.settings import load_settings
 
     grid_deg = load_settings().grid_deg
-    registered = areas.list_areas(_storage().areas_folder)
+    storage = _storage()
+    with storage.explained():
+        registered = areas.list_areas(storage.areas_folder)
+    if not registered:
+        typer.echo("No area is registered yet: run graft areas add FILE with any vector file of polygons.")
+        return
     rows = [
         [
             area.name,
@@ -323,7 +329,7 @@ def evaluate(
     contender: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=KIND:WHAT[:WEIGHTS], KIND of folder, open_clip, timm, torchvision; repeatable. "
+            help="NAME=KIND:WHAT[:WEIGHTS], KIND of folder, open_clip, timm, torchvision, clipseg; repeatable. "
             "Default: this deployment's encoder."
         ),
     ] = None,
@@ -336,6 +342,9 @@ def evaluate(
             "--output", "-o", help="Folder of the report; evaluations of other datasets stay in it."
         ),
     ] = Path("evaluation"),
+    sam: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a SAM: segmentation is scored refined as well.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=0, help="One-shot runs; 0 leaves one-shot out.")] = 10,
     seed: Annotated[int, typer.Option(help="Of one-shot examples and bootstrap resamples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
@@ -357,6 +366,7 @@ def evaluate(
             contender or [],
             prompts,
             _storage().models_folder,
+            sam=sam,
             draws=draws,
             seed=seed,
             device=device,

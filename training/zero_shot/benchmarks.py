@@ -11,10 +11,10 @@ from typing import Literal
 from upath import UPath
 
 from graft_pipeline.errors import InputError
-from training.zero_shot.contenders import Contender, open_contender
+from training.zero_shot.contenders import open_contender
 from training.zero_shot.datasets import READERS, open_image_set
 from training.zero_shot.evaluate import Evaluation, evaluate_images
-from training.zero_shot.evaluate_masks import MaskEvaluation, PatchSegmenter, evaluate_masks
+from training.zero_shot.evaluate_masks import MaskEvaluation, PatchSegmenter, Segmenter, evaluate_masks
 from training.zero_shot.mask_sets import MASK_READERS
 from training.zero_shot.prompts import load_prompts
 
@@ -52,6 +52,7 @@ def evaluate_dataset(
     prompts: str | None,
     models_folder: UPath,
     *,
+    sam: str | None = None,
     draws: int = 10,
     seed: int = 0,
     device: str = "cpu",
@@ -62,9 +63,11 @@ def evaluate_dataset(
     Args:
         name: a key of DATASETS.
         data: where it lies, as published.
-        contenders: specs as of `contenders.open_contender`; none: the deployment's own encoder.
+        contenders: specs as of `contenders.open_contender`, and for segmentation `NAME=clipseg:FOLDER` too; none:
+            the deployment's own encoder.
         prompts: prompt set or JSON file in place of the dataset's own.
         models_folder: where the deployment's encoders lie.
+        sam: folder or hub name of a SAM: patch segmenters are scored with and without its refinement.
         draws: one-shot runs.
         seed: of examples and resamples.
         device: where models run.
@@ -82,25 +85,39 @@ def evaluate_dataset(
     words = load_prompts(prompts or of.prompts)
     if name in READERS:
         images = open_image_set(name, data)
-        models = _models(of, contenders, models_folder, device)
+        specs = contenders or [_own_encoder(of, models_folder)]
+        models = [open_contender(spec, device) for spec in specs]
         return evaluate_images(models, images, words, draws=draws, seed=seed, progress=progress)
     masks = MASK_READERS[name](data)
-    segmenters = []
-    for model in _models(of, contenders, models_folder, device):
-        if model.clip is None:
-            raise InputError(f"{model.name} knows no words and cannot segment by them: name CLIPs only.")
-        segmenters.append(PatchSegmenter(model.name, model.clip))
+    segmenters: list[Segmenter] = []
+    for spec in contenders or [_own_encoder(of, models_folder)]:
+        segmenters += _segmenters(spec, sam, device)
     return evaluate_masks(segmenters, masks, words, seed=seed, progress=progress)
 
 
-def _models(
-    of: BenchmarkDataset, contenders: Sequence[str], models_folder: UPath, device: str
-) -> list[Contender]:
-    if contenders:
-        return [open_contender(spec, device) for spec in contenders]
+def _segmenters(spec: str, sam: str | None, device: str) -> list[Segmenter]:
+    """A segmenter of a spec, and its refinement."""
+    name, separator, what = spec.partition("=clipseg:")
+    if separator:
+        from training.zero_shot.prompted import ClipSeg
+
+        return [ClipSeg(name, what, device=device)]
+    model = open_contender(spec, device)
+    if model.clip is None:
+        raise InputError(f"{model.name} knows no words and cannot segment by them: name CLIPs only.")
+    plain = PatchSegmenter(model.name, model.clip)
+    if sam is None:
+        return [plain]
+    from training.zero_shot.prompted import SamRefined
+
+    return [plain, SamRefined(PatchSegmenter(model.name, model.clip), sam, device=device)]
+
+
+def _own_encoder(of: BenchmarkDataset, models_folder: UPath) -> str:
+    """Spec of the deployment's own encoder."""
     folder = models_folder / f"sensor={of.sensor}" / f"{of.level}_encoder" / "encoder"
     if not folder.exists():
         raise InputError(
             f"{folder} holds no encoder: materialise {of.sensor}/{of.level}_encoder, or name a contender."
         )
-    return [open_contender(f"GRAFT {of.level} encoder (ours)=folder:{folder}", device)]
+    return f"GRAFT {of.level} encoder (ours)=folder:{folder}"
