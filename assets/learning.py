@@ -3,9 +3,13 @@
 The learning itself is in training/ and runs without Dagster; scores are in assets/planet.py.
 """
 
+from typing import Any
+
 import dagster as dg
+from pydantic import Field
 
 from assets.external import FOUNDATION_KEY
+from assets.launching import Trained, Training, launch
 from assets.reporting import OWNERS, check_specs, report_table, table_schema
 from graft_pipeline import chips, embeddings, previews, rules, schemas, training_sets
 from graft_pipeline.imagery import Sensor
@@ -16,6 +20,13 @@ from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from resources.foundation import FoundationModel
 from resources.storage import Storage
+
+
+class EncoderConfig(dg.Config):
+    """What a single run may ask of an encoder."""
+
+    #: Fields of training.loop.TrainConfig that differ from the recipe's: `{"steps": 1000}`.
+    train_config: dict[str, Any] = Field(default_factory=dict)
 
 
 def encoder_folder(storage: Storage, sensor: Sensor, level: str):
@@ -86,22 +97,28 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             pool="gpu",
         )
         def encoder(
+            context: dg.AssetExecutionContext,
+            config: EncoderConfig,
             world: dg.ResourceParam[Settings],
             storage: dg.ResourceParam[Storage],
             foundation: dg.ResourceParam[FoundationModel],
             progress: dg.ResourceParam[Progress],
         ) -> dg.MaterializeResult:
-            from training.loop import train
-            from training.recipes import RECIPES
-
-            config = RECIPES[world.training_recipe].encoder(
-                level, sensor, foundation.architecture, foundation.pretrained, seed=world.seed
+            snapshot = training_sets.latest(storage.root, sensor)
+            training = Training(
+                snapshot=snapshot,
+                root=storage.root,
+                output=encoder_folder(storage, sensor, level).parent,
+                sensor=sensor.name,
+                level=level,
+                recipe=world.training_recipe,
+                foundation=foundation,
+                seed=world.seed,
+                fields=config.train_config,
             )
             report = progress.task(f"{sensor.name} {level}-level encoder")
-            snapshot = training_sets.latest(storage.root, sensor)
-            output = encoder_folder(storage, sensor, level).parent
-            result = train(config, snapshot, storage.root, output, lambda at: report(at.step, at.steps))
-            return training_result(result, f"{sensor.name} {level}-level", snapshot.name)
+            trained = launch(context, world, training, report)
+            return training_result(trained, f"{sensor.name} {level}-level", snapshot.name)
 
         return encoder
 
@@ -152,28 +169,30 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     return [training_set, image_encoder, pixel_encoder, chip_embeddings]
 
 
-def training_result(result, title: str, snapshot: str) -> dg.MaterializeResult:
+def training_result(trained: Trained, title: str, snapshot: str) -> dg.MaterializeResult:
     """Curves and costs of a training."""
-    steps = [row["step"] for row in result.history]
-    series = {"training loss": (steps, [row["loss"] for row in result.history])}
-    validated = [row["step"] for row in result.validations]
+    result = trained.result
+    steps = [row["step"] for row in trained.history]
+    series = {"training loss": (steps, [row["loss"] for row in trained.history])}
+    validated = [row["step"] for row in trained.validations]
     metadata = {
         "training_set": snapshot,
-        "model_id": result.model_id,
-        "best_step": result.best_step,
-        "train_tiles": result.train_tiles,
-        "train_pairs": result.train_photos,
-        "seconds": round(result.seconds, 1),
+        "model_id": result["model_id"],
+        "best_step": result["best_step"],
+        "train_tiles": result["train_tiles"],
+        "train_pairs": result["train_photos"],
+        "seconds": round(result["seconds"], 1),
         "loss": series["training loss"][1][-1],
     }
     if validated:
-        series["validation loss"] = (validated, [row["loss"] for row in result.validations])
+        series["validation loss"] = (validated, [row["loss"] for row in trained.validations])
         recall = {
-            f"recall@{k}": (validated, [row[f"recall_at_{k}"] for row in result.validations]) for k in (1, 10)
+            f"recall@{k}": (validated, [row[f"recall_at_{k}"] for row in trained.validations])
+            for k in (1, 10)
         }
         picture = previews.curves(recall, title=f"{title}: validation retrieval", ylabel="recall")
         metadata["retrieval"] = dg.MetadataValue.md(to_markdown(picture, "validation retrieval"))
-        metadata["validation_recall_at_10"] = result.validations[-1]["recall_at_10"]
+        metadata["validation_recall_at_10"] = trained.validations[-1]["recall_at_10"]
     picture = previews.curves(series, title=f"{title}: contrastive loss", ylabel="loss")
     metadata["curve"] = dg.MetadataValue.md(to_markdown(picture, "loss"))
-    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(result.model_id))
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(result["model_id"]))

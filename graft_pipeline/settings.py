@@ -91,6 +91,8 @@ class KubernetesSettings(BaseModel):
     service_account: str | None = None
     #: Secrets of the namespace that become environment variables: credentials of the object store.
     env_secrets: tuple[str, ...] = ()
+    #: How often the pod's state is asked for.
+    poll_interval_s: float = Field(10.0, gt=0)
     #: Anything else of a PodSpec: `{"nodeSelector": {"pool": "gpu"}}`.
     pod_spec: dict[str, Any] = Field(default_factory=dict)
 
@@ -131,6 +133,8 @@ class Settings(BaseSettings):
 
     # --- images ---
     image_concurrency: int = Field(16, gt=0)
+    #: Requests a second to one image host.
+    image_requests_per_second: int = Field(50, gt=0)
     image_timeout_s: float = Field(30.0, gt=0)
     max_attempts: int = Field(5, gt=0)
 
