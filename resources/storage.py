@@ -77,6 +77,8 @@ class Storage:
             if is_local(root):
                 return UPath(Path(root.path).absolute())
             fsspec.get_filesystem_class(root.protocol)
+            # Other runs write there too: what was listed once must not be believed for ever.
+            root = UPath(given, use_listings_cache=False)
         except ValueError:
             raise SettingsError(f"{given} is no URL that fsspec opens: correct GRAFT_ROOT.") from None
         except ImportError as error:

@@ -1,7 +1,6 @@
 """A deployment in a temporary folder: settings, Dagster instance, storage, and a button to materialise with."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytest
 from graft_pipeline import areas
 from graft_pipeline.automation import region_keys
 from graft_pipeline.definitions import build_defs
+from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.settings import load_settings
 from resources.storage import Storage
 
@@ -68,8 +68,9 @@ class Deployment:
 
     def start_like(self, other: "Deployment") -> None:
         """Take over another deployment's areas, regions and foundation model."""
-        for name in ("areas", "regions", "models"):
-            shutil.copytree(other.folder / "data" / name, self.folder / "data" / name)
+        for name, content in other.contents().items():
+            if name.startswith(("areas/", "regions/", "models/")):
+                write_bytes_atomic(self.storage.root / name, content)
         self.instance.add_dynamic_partitions("region", other.instance.get_dynamic_partitions("region"))
 
     def materialise(

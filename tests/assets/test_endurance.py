@@ -1,14 +1,21 @@
 """One region among faults, a month later, and on an object store: the dataset is the same, byte for byte."""
 
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from typer.testing import CliRunner
+from upath import UPath
 
 from graft_pipeline import schemas
+from graft_pipeline.cli import app
+from graft_pipeline.imagery import NAIP
+from graft_pipeline.training_sets import build_training_set, latest
 
 Deploy = Callable[..., Any]
 REGION = "N42.00W071.50"
@@ -99,3 +106,32 @@ def test_a_month_later_only_the_news_is_asked_for_and_nothing_old_changes(
             d.storage.read(schemas.TILES, sensor=sensor, region=REGION) for d in (deployment, undisturbed)
         ]
         assert tables[0].equals(tables[1])
+
+
+def test_on_an_object_store_lies_what_lies_on_a_disk(
+    planet: Any, undisturbed: Any, s3_root: str, deploy: Deploy, tmp_path: Path
+) -> None:
+    deployment = deploy(planet_url=planet.url, root=s3_root, **OPTIONS)
+    deployment.start_like(undisturbed)
+    deployment.collect(REGION, *SENSORS)
+    assert deployment.contents() == undisturbed.contents()
+    deployment.collect(REGION, *SENSORS)
+    assert not deployment.metadata("naip/chips")["is_changed"].value
+
+    deployment.materialise("naip/training_set", "naip/image_encoder")
+    on_disk = UPath(tmp_path / "copy")
+    shutil.copytree(undisturbed.folder / "data", on_disk)
+    snapshot = build_training_set(on_disk, NAIP)
+    stored = [
+        {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in (snapshot.folder, latest(deployment.storage.root, NAIP))
+    ]
+    assert stored[0] == stored[1]
+    assert deployment.metadata("naip/image_encoder")
+
+    run = CliRunner().invoke(
+        app, ["query", "--csv", "SELECT sensor, count(*) FROM pairs GROUP BY 1 ORDER BY 1"]
+    )
+    counts = [deployment.storage.read(schemas.PAIRS, sensor=s, region=REGION).num_rows for s in SENSORS]
+    assert run.output.split() == ["sensor,count_star()", f"naip,{counts[0]}", f"sentinel2,{counts[1]}"]
+    assert REGION in CliRunner().invoke(app, ["status"]).output

@@ -229,3 +229,25 @@ def test_killed_writer_leaves_the_old_file(tmp_path):
     assert storage.read(schemas.SEARCH_LOCATIONS, region=REGION).num_rows == 1
     storage.write(schemas.SEARCH_LOCATIONS, locations(1, 2), region=REGION)
     assert len(list(storage.folder(schemas.SEARCH_LOCATIONS, region=REGION).iterdir())) == 1
+
+
+def test_a_bucket_shows_at_once_what_other_processes_write(s3_root):
+    import boto3
+
+    storage, bucket = Storage(s3_root), boto3.resource("s3").Bucket("graft")
+    storage.check()
+    assert storage.partitions(schemas.SEARCH_LOCATIONS) == []
+    assert not storage.has(schemas.SEARCH_LOCATIONS, region=REGION)
+    assert storage.write(schemas.SEARCH_LOCATIONS, locations(1), region=REGION)
+    (file,) = bucket.objects.all()
+    assert f"s3://graft/{file.key}" == str(storage.file(schemas.SEARCH_LOCATIONS, region=REGION))
+    other = file.key.replace(REGION, "N43W072")
+    bucket.Object(other).put(Body=file.get()["Body"].read())
+    assert storage.partitions(schemas.SEARCH_LOCATIONS) == [{"region": REGION}, {"region": "N43W072"}]
+    assert storage.read(schemas.SEARCH_LOCATIONS, region="N43W072").num_rows == 1
+    assert not storage.write(schemas.SEARCH_LOCATIONS, locations(1), region="N43W072")
+
+
+def test_a_missing_bucket_is_named(s3_root):
+    with pytest.raises(SettingsError, match=r"s3://nowhere.*a bucket that exists"):
+        Storage("s3://nowhere/data").check()
