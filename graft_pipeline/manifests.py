@@ -294,6 +294,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
         table.combine_chunks(),
         buffer,
         row_group_size=ROW_GROUP_ROWS,
+        # Embeddings never repeat: a dictionary of them only costs time.
+        use_dictionary=[field.name for field in table.schema if not pa.types.is_list(field.type)],
         **_PARQUET,
     )
     return buffer.getvalue()
@@ -331,10 +333,10 @@ def read_table(path: "UPath | Path", dataset: Dataset, names: Sequence[str] | No
         Table of exactly these columns, None if there is no such file.
 
     Raises:
-        DataError: if the file is not Parquet, or lacks columns of the schema.
+        DataError: if the file is not Parquet, or lacks some of them.
     """
     wanted = dataset.schema.names if names is None else list(names)
-    with open_table(path, dataset) as file:
+    with open_table(path, dataset, wanted) as file:
         if file is None:
             return None
         try:
@@ -349,18 +351,21 @@ def read_table(path: "UPath | Path", dataset: Dataset, names: Sequence[str] | No
 
 
 @contextlib.contextmanager
-def open_table(path: "UPath | Path", dataset: Dataset) -> "Iterator[pq.ParquetFile | None]":
+def open_table(
+    path: "UPath | Path", dataset: Dataset, names: Sequence[str] | None = None
+) -> "Iterator[pq.ParquetFile | None]":
     """Open one Parquet file of a dataset, to read it in pieces; a replacement meanwhile does not show.
 
     Args:
         path: the file, see `partition_file`.
-        dataset: whose columns it must have.
+        dataset: what it must obey.
+        names: columns that it must have; None: all of the schema.
 
     Yields:
         The open file, None if there is no such file.
 
     Raises:
-        DataError: if the file is not Parquet, or lacks columns of the schema.
+        DataError: if the file is not Parquet, or lacks some of them.
     """
     import pyarrow.parquet as pq
 
@@ -377,7 +382,7 @@ def open_table(path: "UPath | Path", dataset: Dataset) -> "Iterator[pq.ParquetFi
             raise DataError(
                 f"{path} is not a Parquet file ({error}): delete it and materialise it again."
             ) from error
-        missing = [name for name in dataset.schema.names if name not in file.schema_arrow.names]
+        missing = [name for name in names or dataset.schema.names if name not in file.schema_arrow.names]
         if missing:
             raise DataError(f"{path} lacks the columns {missing}: materialise it again with this version.")
         yield file

@@ -57,6 +57,8 @@ _PHOTO_ID = _column("photo_id", pa.string(), "Flickr's id of the photo")
 _TILE_ID = _column("tile_id", pa.string(), "{sensor}-{center_photo_id}")
 _LON = _column("lon_deg", pa.float64(), "longitude of the geotag, EPSG:4326")
 _LAT = _column("lat_deg", pa.float64(), "latitude of the geotag, EPSG:4326")
+#: Numbers that are never null decode in half the time.
+_VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 _STATUS = _column("status", pa.string(), "ok, rejected (by a rule, for good) or failed (tried again)")
 _REASON = _column("reason", pa.string(), "why the row is not ok", nullable=True)
 _ATTEMPTS = _column("attempts", pa.int16(), "how often it was tried")
@@ -185,7 +187,7 @@ GROUND_EMBEDDINGS = _dataset(
     "ground_embeddings",
     [
         _PHOTO_ID,
-        _column("embedding", pa.list_(pa.float32()), "f_G of the photo, L2-normalised"),
+        _column("embedding", _VECTOR, "f_G of the photo, L2-normalised"),
         _column("model_id", pa.string(), "fingerprint of the foundation model"),
     ],
     key=("photo_id",),
@@ -309,7 +311,7 @@ CHIP_EMBEDDINGS = _dataset(
         _TILE_ID,
         _column("center_lon_deg", pa.float64(), "longitude of the tile's centre"),
         _column("center_lat_deg", pa.float64(), "latitude of the tile's centre"),
-        _column("embedding", pa.list_(pa.float32()), "f_S^I of the chip's central crop, L2-normalised"),
+        _column("embedding", _VECTOR, "f_S^I of the chip's central crop, L2-normalised"),
         _column("model_id", pa.string(), "fingerprint of the satellite encoder"),
     ],
     key=("tile_id",),

@@ -6,7 +6,8 @@ How a training set is read into tensors is in training/data.py.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from graft_pipeline.embeddings import vectors_of
 from graft_pipeline.errors import DataError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import (
@@ -46,8 +48,8 @@ EMBEDDINGS = "ground_embeddings.npy"
 
 _TABLE = f"{TRAINING_PAIRS.name}.parquet"
 
-#: Bounds memory: 64 MB of vectors of 512.
-_EMBEDDINGS_PER_BATCH = 32_768
+#: Bounds memory: 32 MB of vectors of 512.
+_EMBEDDINGS_PER_BATCH = 16_384
 
 
 @dataclass(frozen=True)
@@ -243,11 +245,11 @@ def _read_region(
             return TRAINING_PAIRS.empty()
         photo_ids = embedded.filter(pc.is_in(embedded, pc.unique(located["photo_id"]))).combine_chunks()
         first_row = matrix.rows
-        for batch in file.iter_batches(_EMBEDDINGS_PER_BATCH):
+        for batch in _ahead(file.iter_batches(_EMBEDDINGS_PER_BATCH)):
             some = pa.table(batch)
             some = some.filter(pc.is_in(some["photo_id"], photo_ids))
             found.model_ids.update(pc.unique(some["model_id"]).to_pylist())
-            matrix.write(_vectors(some["embedding"], region))
+            matrix.write(_vectors(some, region))
     chips = _chips_of(root, sensor, region, located)
     position = pc.index_in(located["tile_id"], chips["tile_id"].combine_chunks())
     found.regions.append(region)
@@ -293,15 +295,22 @@ def _chips_of(root: "UPath | Path", sensor: Sensor, region: str, pairs: pa.Table
     return chips
 
 
-def _vectors(embeddings: pa.ChunkedArray, region: str) -> npt.NDArray[np.float32]:
-    """Embeddings as an (N, D) matrix."""
-    column = embeddings.combine_chunks()
-    widths = pc.unique(pc.list_value_length(column)).to_pylist()
+def _vectors(embedded: pa.Table, region: str) -> npt.NDArray[np.float32]:
+    widths = pc.unique(pc.list_value_length(embedded["embedding"])).to_pylist()
     if len(widths) > 1:
         raise DataError(
             f"Ground embeddings of {region} have several widths {widths}: materialise them with one model."
         )
-    return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
+    return vectors_of(embedded)
+
+
+def _ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches, each decoded by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 class _MatrixWriter:
