@@ -102,8 +102,8 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         table = scenes.scene_rows(imagery.list_scenes(sensor, region.bounds), sensor)
         changed = storage.write(schemas.SCENES, table, sensor=sensor.name, region=region.key)
         extra = {}
-        if sensor.has_cloud_rule and table.num_rows:
-            clouds = table["cloud_pct"].drop_null().to_numpy()
+        clouds = table["cloud_pct"].drop_null().to_numpy()
+        if len(clouds):
             extra["picture"] = previews.histogram(clouds, title=f"Cloud of {sensor.name} scenes", unit="%")
         return report_table(schemas.SCENES, table, changed=changed, **extra)
 

@@ -1,10 +1,10 @@
 """Chips, from tiles and scenes to stored pixels: which to fetch, what is accepted, how each is encoded.
 
-Which scene comes first is decided in scenes.py; the request itself is in resources/earth_engine.py.
+Which scene comes first is decided in scenes.py; the request itself is in resources/.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -23,8 +23,7 @@ from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table
 from graft_pipeline.provenance import fingerprint
-from graft_pipeline.scenes import MAX_CANDIDATES as MAX_CANDIDATES
-from graft_pipeline.scenes import candidates_for_grids, center_times, tile_grids
+from graft_pipeline.scenes import candidates_for_grids, center_times, most_candidates, tile_grids
 from graft_pipeline.schemas import CHIPS
 from graft_pipeline.shards import read_member
 from graft_pipeline.unfinished import Unfinished
@@ -34,23 +33,49 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: (sensor, scene id, grid) in, (H, W, 3) pixels of the scene's own dtype out; ItemError for a chip that
-#: cannot be.
+#: (sensor, scene id, grid) in, (H, W, bands) pixels of the sensor's requested bands in the scene's own dtype out;
+#: ItemError for a chip that cannot be. See `imagery.ImagerySource.get_chip`.
 Fetch = Callable[[Sensor, str, Grid], npt.NDArray[Any]]
 
 _GRID_COLUMNS = ("epsg", "x0_m", "y0_m", "gsd_m", "chip_px")
 
 
-def has_nodata(array: npt.NDArray[Any]) -> bool:
-    """Whether a pixel is missing: Earth Engine fills what a scene does not cover with 0 in every band.
+@dataclass(frozen=True)
+class Quality:
+    """What decides whether a scene serves a chip.
+
+    Attributes:
+        nodata_px: pixels without data: 0 in each of the three bands, as sources fill what a scene does not cover.
+        cloud_pct: percentage of the chip under cloud or its shadow by the mask band; None without one.
+    """
+
+    nodata_px: int
+    cloud_pct: float | None
+
+    def suits(self, sensor: Sensor) -> bool:
+        """Whether no pixel is missing and, under the rule by chip, clouds are below the limit."""
+        return self.nodata_px == 0 and self.is_clear(sensor)
+
+    def is_clear(self, sensor: Sensor) -> bool:
+        """Whether clouds are below the limit; true where the rule looks at scenes."""
+        return self.cloud_pct is None or self.cloud_pct < (sensor.max_cloud_pct or 0.0)
+
+
+def quality(array: npt.NDArray[Any], sensor: Sensor) -> Quality:
+    """Judge what a scene gave for a chip.
 
     Args:
-        array: (H, W, bands), source values, before any scaling.
+        array: (H, W, bands) source values of the sensor's requested bands, before any scaling.
+        sensor: names them, and the cloud rule.
 
     Returns:
-        True if any pixel is 0 in all bands.
+        Its quality.
     """
-    return not bool(array.any(axis=-1).all())
+    missing = int(np.count_nonzero(~array[..., :3].any(axis=-1)))
+    if not sensor.has_mask:
+        return Quality(missing, None)
+    mask = array[..., sensor.requested_bands.index(str(sensor.mask_band))]
+    return Quality(missing, 100.0 * float(np.isin(mask, sensor.cloud_classes).mean()))
 
 
 def to_uint8(array: npt.NDArray[Any], sensor: Sensor) -> npt.NDArray[np.uint8]:
@@ -91,29 +116,51 @@ def encode(array: npt.NDArray[np.uint8], grid: Grid) -> bytes:
     Returns:
         The file's content.
     """
+    return _geotiff(array, grid, {"photometric": "RGB"})
+
+
+def encode_raw(array: npt.NDArray[Any], grid: Grid, names: Sequence[str]) -> bytes:
+    """Encode source values as GeoTIFF: lossless, georeferenced; same pixels, same bytes.
+
+    Args:
+        array: (H, W, bands) in the source's dtype.
+        grid: its grid.
+        names: of the bands, kept as their descriptions.
+
+    Returns:
+        The file's content.
+    """
+    return _geotiff(array, grid, {"photometric": "MINISBLACK"}, names)
+
+
+def _geotiff(
+    array: npt.NDArray[Any], grid: Grid, options: dict[str, str], names: Sequence[str] = ()
+) -> bytes:
     from rasterio.io import MemoryFile
 
-    height, width, _ = array.shape
+    height, width, count = array.shape
     # Deflate at its fastest with differences of neighbours: as small as slower settings on imagery, and any
     # reader of TIFF opens it.
     profile = {
         "driver": "GTiff",
         "height": height,
         "width": width,
-        "count": 3,
-        "dtype": "uint8",
+        "count": count,
+        "dtype": array.dtype.name,
         "crs": grid.crs,
         "transform": grid.affine,
-        "photometric": "RGB",
         "interleave": "pixel",
         "compress": "deflate",
-        "predictor": 2,
+        "predictor": 2 if array.dtype.kind in "ui" else 3,
         "zlevel": 1,
         "blockysize": height,
+        **options,
     }
     with MemoryFile() as memory:
         with memory.open(**profile) as file:
             file.write(np.moveaxis(array, -1, 0))
+            for number, name in enumerate(names, start=1):
+                file.set_band_description(number, name)
         return bytes(memory.getbuffer())
 
 
@@ -184,11 +231,12 @@ def fetch_chips(
 ) -> pa.Table:
     """Fetch the chips that a region's tiles do not have yet, and store them.
 
-    A tile's candidate scenes are asked in their order. One with missing pixels there, or that cannot serve it
-    for good, gives way to the next. `failed`, to be tried again: `no_scene` (none contains the chip; costs
-    nothing, counts as no attempt, and is looked at each time), `nodata` (each has missing pixels), or a
-    passing failure's own reason; these wait for the day in `retry_on`. `rejected`: every scene refused for
-    good.
+    A tile's candidate scenes are asked in their order. One with missing pixels there, with clouds over it where
+    the sensor's rule looks at the chip, or that cannot serve it for good, gives way to the next. `failed`, to be
+    tried again: `no_scene` (none contains the chip; costs nothing, counts as no attempt, and is looked at each
+    time), `nodata` (each has missing pixels), `cloudy` (each that has none has clouds), or a passing failure's own
+    reason; these wait for the day in `retry_on`. `rejected`: every scene refused for good. A stored chip is
+    fetched anew where it does not obey the cloud rule in force, or its raw bands are wanted and were not kept.
 
     Args:
         tiles: TILES rows of the region.
@@ -293,13 +341,19 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of it; content and scene_id are None unless status is ok."""
+    """What came of it; scene_id, content and raw are None unless status is ok.
+
+    Else nodata_px and chip_cloud_pct are the least of the scenes that were tried.
+    """
 
     status: str
     reason: str | None
     scenes_tried: int
     scene_id: str | None = None
+    nodata_px: int | None = None
+    chip_cloud_pct: float | None = None
     content: bytes | None = None
+    raw: bytes | None = None
 
 
 def _fetch(
@@ -318,7 +372,7 @@ def _fetch(
     retry_now: bool,
 ) -> tuple[pa.Table, bool]:
     known = CHIPS.empty() if existing is None else existing
-    valid = _of_same_grid(known, tiles)
+    valid = _obeying(_of_same_grid(known, tiles), sensor)
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
     todo, attempts = pending_rows(
         ordered.select(["tile_id"]), valid, "tile_id", max_attempts, today, retry_now=retry_now
@@ -327,7 +381,7 @@ def _fetch(
         pc.is_in(ordered["tile_id"], pa.array([row["tile_id"] for row in todo], pa.string()))
     )
     grids, times = tile_grids(wanted), center_times(wanted, photos)
-    scene_ids = candidates_for_grids(grids, times, scenes, sensor)
+    scene_ids = candidates_for_grids(grids, times, scenes, sensor, most_candidates(sensor))
     orders = [
         _Order(*fields) for fields in zip(wanted["tile_id"].to_pylist(), grids, times, scene_ids, strict=True)
     ]
@@ -349,6 +403,8 @@ def _fetch(
                 "status": result.status,
                 "reason": result.reason,
                 "scenes_tried": result.scenes_tried,
+                "nodata_px": result.nodata_px,
+                "chip_cloud_pct": result.chip_cloud_pct,
             }
             if result.status == "failed":
                 row["retry_on"] = retry_day(row["attempts"], today)
@@ -358,7 +414,7 @@ def _fetch(
                 if order.taken_at_utc is not None:
                     elapsed = scene["acquired_at_utc"] - order.taken_at_utc
                     row["time_difference_days"] = elapsed.total_seconds() / 86_400
-            store.add(row, result.content)
+            store.add(row, result.content, raw=result.raw)
             if progress:
                 progress(done, len(served))
         table = store.finish()
@@ -378,18 +434,22 @@ def _kept_or_served(order: _Order, sensor: Sensor, fetch: Fetch, unfinished: Unf
     kept = unfinished.take(order.tile_id, request)
     if kept is not None:
         values, content = kept
-        return _Outcome(**values, content=content or None)
+        size = values.pop("content_bytes")
+        return _Outcome(**values, content=content[:size] or None, raw=content[size:] or None)
     result = _serve(order, sensor, fetch)
     # What may pass is tried again by the next run, whether this one comes to its end or not.
     if result.status != "failed":
-        values = {name: value for name, value in vars(result).items() if name != "content"}
-        unfinished.keep(order.tile_id, request, values, result.content or b"")
+        values = {name: value for name, value in vars(result).items() if name not in ("content", "raw")}
+        content, raw = result.content or b"", result.raw or b""
+        unfinished.keep(order.tile_id, request, {**values, "content_bytes": len(content)}, content + raw)
     return result
 
 
 def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
     """Ask a tile's scenes in turn."""
-    has_gaps, refusal, tried = False, "", 0
+    refusal, tried = "", 0
+    judged: list[Quality] = []
+    shape = (order.grid.height_px, order.grid.width_px, len(sensor.requested_bands))
     for scene_id in order.scene_ids:
         tried += 1
         try:
@@ -400,16 +460,43 @@ def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
                 return _Outcome("failed", error.reason, tried)
             refusal = error.reason
             continue
-        if array.shape[:2] != (order.grid.height_px, order.grid.width_px):
+        if array.shape != shape:
             raise DataError(
-                f"Scene {scene_id} gave {array.shape} for {order.tile_id}, not {order.grid.width_px} px: "
-                "report it, the client should have refused it."
+                f"Scene {scene_id} gave {array.shape} for {order.tile_id}, not {shape} (rows, columns, bands of "
+                f"{order.grid.width_px} px): report it, the client should have refused it."
             )
-        if has_nodata(array):
-            has_gaps = True
-            continue
-        return _Outcome("ok", None, tried, scene_id, encode(to_uint8(array, sensor), order.grid))
-    return _Outcome("failed", "nodata", tried) if has_gaps else _Outcome("rejected", refusal, tried)
+        found = quality(array, sensor)
+        judged.append(found)
+        if found.suits(sensor):
+            rgb = to_uint8(np.ascontiguousarray(array[..., :3]), sensor)
+            raw = None
+            if sensor.raw_bands:
+                numbers = [sensor.requested_bands.index(name) for name in sensor.raw_bands]
+                raw = encode_raw(array[..., numbers], order.grid, sensor.raw_bands)
+            return _Outcome("ok", None, tried, scene_id, 0, found.cloud_pct, encode(rgb, order.grid), raw)
+    if not judged:
+        return _Outcome("rejected", refusal, tried)
+    whole = [found for found in judged if found.nodata_px == 0]
+    clouds = [found.cloud_pct for found in whole or judged if found.cloud_pct is not None]
+    return _Outcome(
+        "failed",
+        "cloudy" if whole else "nodata",
+        tried,
+        nodata_px=min(found.nodata_px for found in judged),
+        chip_cloud_pct=min(clouds, default=None),
+    )
+
+
+def _obeying(known: pa.Table, sensor: Sensor) -> pa.Table:
+    """Rows without the chips that another cloud rule or none accepted, or whose raw bands were not kept."""
+    is_kept = pc.not_equal(known["status"], "ok")
+    is_good = pa.repeat(pa.scalar(True), known.num_rows)
+    if sensor.max_cloud_pct is not None:
+        cloud = known["chip_cloud_pct" if sensor.has_mask else "cloud_pct"]
+        is_good = pc.and_(is_good, pc.fill_null(pc.less(cloud, sensor.max_cloud_pct), False))
+    if sensor.raw_bands:
+        is_good = pc.and_(is_good, pc.is_valid(known["raw_shard"]))
+    return known.filter(pc.or_(is_kept, is_good))
 
 
 def _of_same_grid(known: pa.Table, tiles: pa.Table) -> pa.Table:

@@ -90,7 +90,7 @@ class StoredItems:
 
         Args:
             folder: its folder; the index is `{dataset}.parquet` in it.
-            dataset: schema of the index, with the columns of a stored item.
+            dataset: schema of the index, with the columns of a stored item, and of more with a prefix.
             existing: rows that the index holds.
             stem: first part of the shards' names.
             extension: of the members.
@@ -104,31 +104,41 @@ class StoredItems:
         self._table = dataset.empty() if existing is None else existing
         self._rows: list[dict[str, Any]] = []
         self._members = 0
-        self._writer: ShardWriter | None = None
+        self._writers: dict[str, ShardWriter] = {}
         self.is_changed = False
         remove_partial_files(folder)
         self.unfinished = Unfinished(folder)
 
-    def add(self, row: dict[str, Any], content: bytes | None = None) -> None:
+    def add(self, row: dict[str, Any], content: bytes | None = None, **more: bytes | None) -> None:
         """Add a row, or replace the one of the same key.
 
         Args:
             row: values of the dataset's columns; the stored item's are filled in here.
             content: what is stored for it, if anything.
+            **more: what is stored beside it, if anything, by name: of `raw=` in shards `raw-...`, found by the columns
+                `raw_shard`, `raw_offset` and so on.
         """
         key = row[self._dataset.key[0]]
-        item: StoredItem | None = None
+        places: dict[str, Any] = {}
         if content is not None:
-            if self._writer is None:
-                number = next_shard_number(self._stem, self._table["shard"].to_pylist())
-                self._writer = ShardWriter(self._folder, shard_name(self._stem, number))
-                self._writer.__enter__()
-            item = self._writer.add(f"{key}.{self._extension}", content)
+            places |= vars(self._store(self._stem, "shard", key, content))
             self._members += 1
+        for name, extra in more.items():
+            if extra is not None:
+                place = vars(self._store(name, f"{name}_shard", key, extra))
+                places |= {f"{name}_{column}": value for column, value in place.items()}
         blank = dict.fromkeys(self._dataset.schema.names)
-        self._rows.append({**blank, **row, **(vars(item) if item else {})})
+        self._rows.append({**blank, **row, **places})
         if self._members >= self._shard_size:
             self._flush()
+
+    def _store(self, stem: str, column: str, key: str, content: bytes) -> StoredItem:
+        if stem not in self._writers:
+            number = next_shard_number(stem, self._table[column].to_pylist())
+            writer = ShardWriter(self._folder, shard_name(stem, number))
+            writer.__enter__()
+            self._writers[stem] = writer
+        return self._writers[stem].add(f"{key}.{self._extension}", content)
 
     def finish(self) -> pa.Table:
         """Finish the shard under way and write the index.
@@ -141,9 +151,9 @@ class StoredItems:
         return table
 
     def _flush(self) -> pa.Table:
-        writer, rows = self._writer, self._rows
-        self._writer, self._rows, self._members = None, [], 0
-        if writer is not None:
+        writers, rows = self._writers, self._rows
+        self._writers, self._rows, self._members = {}, [], 0
+        for writer in writers.values():
             writer.__exit__(None, None, None)
         if rows:
             new = pa.Table.from_pylist(rows, schema=self._dataset.schema)
@@ -163,8 +173,8 @@ class StoredItems:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error the shard under way is dropped, its items are not: they make it again, whole, next time.
-        writer, self._writer = self._writer, None
-        if writer is not None:
+        writers, self._writers = self._writers, {}
+        for writer in writers.values():
             writer.__exit__(kind, error, trace)
 
 

@@ -105,11 +105,6 @@ class Sensor:
         return self.footprint_m / 2
 
     @property
-    def has_cloud_rule(self) -> bool:
-        """Whether scenes or chips are filtered by cloud percentage."""
-        return self.max_cloud_pct is not None
-
-    @property
     def has_mask(self) -> bool:
         """Whether chips are judged by their own mask band."""
         return self.cloud_rule == "chip"

@@ -23,7 +23,8 @@ DESCRIPTIONS = {
     "footprint_membership": "Every photo lies in its tile's footprint, at the pixel that the chip's affine gives.",
     "photo_cap": "No tile has more photos than the cap (paper: 25).",
     "chip_georeference": "Stored chips are GeoTIFFs on the grid that their row announces, centred on the photo.",
-    "cloud_and_time": "Every chip's scene is listed, below the sensor's cloud limit, and holds the whole chip.",
+    "cloud_and_time": "Every chip's scene is listed and holds the whole chip; its clouds are below the limit of the "
+    "rule in force, by scene or by chip.",
     "split_disjointness": "Train and validation share no tile, no photo and no ground.",
     "no_training_ground": "No training tile touches the ground of the benchmark.",
 }
@@ -218,8 +219,9 @@ def chip_georeference(
 def cloud_and_time(
     chips: pa.Table, tiles: pa.Table, photos: pa.Table, scenes: pa.Table, sensor: Sensor
 ) -> Finding:
-    """Check each chip's scene: still listed, below the cloud limit, and holding the whole chip.
+    """Check each chip: its scene still listed and holding all of it, its clouds below the limit of the rule in force.
 
+    By scene, that is the percentage of the scene's listing; by chip, the chip's own, which has to be known.
     Scenes that were listed after a chip was fetched may be nearer in time; the evidence counts how many chips have
     the choice that the rule would make today.
     """
@@ -231,7 +233,9 @@ def cloud_and_time(
     used = ok.select(["tile_id", "scene_id"]).to_pylist()
     unlisted = sum(row["scene_id"] not in listed for row in used)
     cloudy = 0
-    if limit is not None:
+    if limit is not None and sensor.has_mask:
+        cloudy = sum(cloud is None or cloud >= limit for cloud in ok["chip_cloud_pct"].to_pylist())
+    elif limit is not None:
         cloudy = sum(
             (listed[row["scene_id"]]["cloud_pct"] or 0) >= limit for row in used if row["scene_id"] in listed
         )

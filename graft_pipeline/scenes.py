@@ -1,6 +1,6 @@
-"""Scenes: Earth Engine's listing made rows, and which scene serves which chip.
+"""Scenes: a source's listing made rows, and which scene serves which chip.
 
-The listing is fetched in resources/earth_engine.py; pixels are asked for in chips.py.
+The listing is fetched in resources/; pixels are asked for in chips.py.
 """
 
 import logging
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: So many scenes are offered for one chip: if all have missing pixels there, more will not help.
 MAX_CANDIDATES = 8
+#: And so many where clouds decide: of five scenes three are cloudy somewhere, and one of 24 is clear.
+MAX_CLOUDY_CANDIDATES = 24
 
 _EPSG = re.compile(r"EPSG:\d{4,6}")
 
@@ -34,8 +36,13 @@ _EPSG = re.compile(r"EPSG:\d{4,6}")
 _ROUNDING_M = 1e-3
 
 
+def most_candidates(sensor: Sensor) -> int:
+    """How many scenes are offered for one chip of a sensor."""
+    return MAX_CLOUDY_CANDIDATES if sensor.has_mask else MAX_CANDIDATES
+
+
 def scene_rows(assets: Iterable[Mapping[str, Any]], sensor: Sensor) -> pa.Table:
-    """Coerce a listing of Earth Engine images (EarthEngineAsset, REST reference) to rows.
+    """Coerce a source's listing to rows: Earth Engine's images (EarthEngineAsset, REST reference), or the like.
 
     Zero-valued fields may be absent from an answer; ids repeat when listings overlap. Assets that lack a
     band, a grid or a time cannot serve any chip: they are left out and counted in the log.
@@ -143,8 +150,8 @@ def candidates(
     """Scenes that can serve one chip, best first.
 
     A scene can when its own pixel rectangle contains the chip (not when it merely intersects), so does its
-    footprint of valid ground, and its cloud percentage is below the sensor's limit. The best is the newest or
-    the closest in time (paper, section 3.2), ties by id.
+    footprint of valid ground, and its cloud percentage is below the sensor's limit for scenes. The best is the
+    newest or the closest in time (paper, section 3.2), ties by id.
 
     Args:
         grid: the chip's grid.
@@ -258,10 +265,10 @@ def _choose(
     acquired = acquired.astype("datetime64[ms]").astype(np.int64)
     box = np.column_stack(columns(scenes, "x_min_m", "y_min_m", "x_max_m", "y_max_m"))
     usable = np.ones(scenes.num_rows, dtype=bool)
-    if sensor.max_cloud_pct is not None:
+    if sensor.scene_limit_pct is not None:
         (cloud,) = columns(scenes, "cloud_pct")
         # An unknown percentage (NaN) is not below any limit.
-        usable = np.asarray(cloud.astype(np.float64) < sensor.max_cloud_pct)
+        usable = np.asarray(cloud.astype(np.float64) < sensor.scene_limit_pct)
     outlines = [grid.outline_m() for grid in grids]
     x, y = np.stack([outline[0] for outline in outlines]), np.stack([outline[1] for outline in outlines])
     reach = {name: _bounds_in(x, y, grids[0].crs, str(name)) for name in np.unique(crs)}

@@ -67,13 +67,13 @@ _RETRY_ON = _column(
 )
 
 
-def _stored_item(what: str) -> list[pa.Field]:
+def _stored_item(what: str, prefix: str = "") -> list[pa.Field]:
     """Columns that locate one member of a tar shard."""
     return [
-        _column("shard", pa.string(), f"tar shard beside this file that holds the {what}", nullable=True),
-        _column("offset", pa.int64(), "byte offset of the member's content in the shard", nullable=True),
-        _column("size_bytes", pa.int64(), "length of the member's content", nullable=True),
-        _column("sha256", pa.string(), "SHA-256 of the member's content, hexadecimal", nullable=True),
+        _column(f"{prefix}shard", pa.string(), f"tar shard beside this file that holds the {what}", nullable=True),
+        _column(f"{prefix}offset", pa.int64(), "byte offset of the member's content in the shard", nullable=True),
+        _column(f"{prefix}size_bytes", pa.int64(), "length of the member's content", nullable=True),
+        _column(f"{prefix}sha256", pa.string(), "SHA-256 of the member's content, hexadecimal", nullable=True),
     ]
 
 
@@ -209,7 +209,7 @@ OUTDOOR_PHOTOS = _dataset(
 SCENES = _dataset(
     "scenes",
     [
-        _column("scene_id", pa.string(), "Earth Engine asset id"),
+        _column("scene_id", pa.string(), "id in its source: Earth Engine asset, STAC item, or file"),
         _column("acquired_at_utc", UTC, "when it was acquired"),
         _column("cloud_pct", pa.float64(), "cloud percentage of the whole scene", nullable=True),
         _column("crs", pa.string(), "the scene's own CRS, e.g. EPSG:26919"),
@@ -253,10 +253,13 @@ CHIPS = _dataset(
         _column("scene_id", pa.string(), "scene the pixels come from", nullable=True),
         _column("acquired_at_utc", UTC, "when that scene was acquired", nullable=True),
         _column("cloud_pct", pa.float64(), "cloud percentage of that scene", nullable=True),
+        _column("chip_cloud_pct", pa.float64(), "cloud and shadow of the chip, by its mask band", nullable=True),
+        _column("nodata_px", pa.int32(), "pixels without data; of a failed chip the fewest seen", nullable=True),
         _column("time_difference_days", pa.float64(), "scene minus centre photo, signed", nullable=True),
         _column("scenes_tried", pa.int16(), "how many candidate scenes were requested"),
         *_grid(),
         *_stored_item("chip"),
+        *_stored_item("chip's raw bands, if they are kept", prefix="raw_"),
     ],
     key=("tile_id",),
     partitions=("sensor", "region"),
@@ -323,7 +326,7 @@ IMAGERY_FILES = _dataset(
     "imagery_files",
     [
         _column("file", pa.string(), "path within the folder"),
-        _column("signature", pa.string(), "fingerprint of size and time of the file, and of what describes it"),
+        _column("signature", pa.string(), "fingerprint of the file's size and time, and of what is said of it"),
         _STATUS,
         _REASON,
         _column("scene_id", pa.string(), "id of the scene: the path without its extension"),
@@ -340,6 +343,27 @@ IMAGERY_FILES = _dataset(
     ],
     key=("file",),
     partitions=(),
+)
+
+ABLATIONS = _dataset(
+    "ablations",
+    [
+        _column("variant", pa.string(), "name in graft_pipeline.ablations"),
+        _column("seed", pa.int64(), "seed of the training"),
+        _column("run_id", pa.string(), "fingerprint of all that decides the row: it is kept while that is the same"),
+        _column("snapshot", pa.string(), "fingerprint of the training set"),
+        _column("train_tiles", pa.int64(), "tiles of its training split"),
+        _column("train_pairs", pa.int64(), "(tile, photo) pairs of it"),
+        _column("best_step", pa.int64(), "step of the weights that were scored"),
+        _column("training_seconds", pa.float64(), "wall time of the training"),
+        _column("accuracy", pa.float64(), "zero-shot classification of the benchmark's crops"),
+        _column("mean_average_precision", pa.float64(), "retrieval of them by text, mean over classes"),
+        _column("mean_average_precision_at_20", pa.float64(), "the same of the first 20 retrieved"),
+        _column("segmentation_accuracy", pa.float64(), "zero-shot segmentation: mean recall of the classes"),
+        _column("mean_iou", pa.float64(), "zero-shot segmentation: mean intersection over union"),
+    ],
+    key=("variant", "seed"),
+    partitions=("sensor",),
 )
 
 #: Every dataset that `graft query` opens as a view.
@@ -360,5 +384,6 @@ DATASETS: dict[str, Dataset] = {
         PAIRS,
         TRAINING_PAIRS,
         CHIP_EMBEDDINGS,
+        ABLATIONS,
     )
 }

@@ -232,18 +232,20 @@ def _fetch(
 ) -> list[np.ndarray | None]:
     """Fetch a crop for every grid: (P, P, 3) uint8, None where no scene has all its pixels."""
     listed = scene_rules.scene_rows(imagery.list_scenes(sensor, bounds), sensor)
-    candidates = scene_rules.candidates_for_grids(grids, [REFERENCE_DATE] * len(grids), listed, sensor)
+    candidates = scene_rules.candidates_for_grids(
+        grids, [REFERENCE_DATE] * len(grids), listed, sensor, scene_rules.most_candidates(sensor)
+    )
 
     def fetch(work: tuple[Grid, list[str]]) -> np.ndarray | None:
         grid, scene_ids = work
-        for scene_id in scene_ids[: chip_rules.MAX_CANDIDATES]:
+        for scene_id in scene_ids:
             try:
                 array = imagery.get_chip(sensor, scene_id, grid)
             except ItemError as error:
                 logger.warning("benchmark crop of %s: %s", scene_id, error)
                 continue
-            if not chip_rules.has_nodata(array):
-                return chip_rules.to_uint8(array, sensor)
+            if chip_rules.quality(array, sensor).suits(sensor):
+                return chip_rules.to_uint8(array[..., :3], sensor)
         return None
 
     results: list[np.ndarray | None] = []

@@ -1,6 +1,8 @@
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from rasterio.io import MemoryFile
 from upath import UPath
 
-from graft_pipeline import chips, sampling
+from graft_pipeline import chips, rules, sampling, scenes
 from graft_pipeline.errors import DataError, ItemError, ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
@@ -163,7 +165,7 @@ def test_no_more_scenes_than_useful_are_asked(tmp_path: Path, tiles: pa.Table, p
     assert set(zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)) == {
         ("failed", "nodata")
     }
-    assert set(table["scenes_tried"].to_pylist()) == {chips.MAX_CANDIDATES}
+    assert set(table["scenes_tried"].to_pylist()) == {scenes.MAX_CANDIDATES}
     assert not list(tmp_path.glob("*.tar"))
 
 
@@ -316,16 +318,157 @@ def test_a_client_that_gives_another_size_is_refused(
         )
 
 
+# --- clouds and raw bands ------------------------------------------------------------------------------------------
+
+CLOUDY = replace(
+    SMALL,
+    display_range=(0.0, 3000.0),
+    cloud_rule="chip",
+    mask_band="SCL",
+    max_cloud_pct=1.0,
+    raw_bands=("N", "R"),
+)
+
+
+class Sky:
+    """Sixteen-bit scenes of a test, with a mask of classes: of each scene so many pixels have a class."""
+
+    def __init__(self, **classes: dict[int, int]) -> None:
+        self.classes = classes
+        self.asked: Counter[str] = Counter()
+
+    def fetch(self, sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        self.asked[scene_id] += 1
+        generator = np.random.default_rng([int(grid.x0_m), int(grid.y0_m), ord(scene_id)])
+        size = (grid.height_px, grid.width_px, len(sensor.requested_bands))
+        pixels = generator.integers(1, 4000, size, dtype=np.uint16)
+        if "SCL" in sensor.requested_bands:
+            mask = np.full(grid.height_px * grid.width_px, 4, dtype=np.uint16)
+            start = 0
+            for value, count in self.classes.get(scene_id, {}).items():
+                mask[start : start + count] = value
+                start += count
+            pixels[..., sensor.requested_bands.index("SCL")] = mask.reshape(size[:2])
+        return pixels
+
+
+def test_under_the_rule_by_chip_its_own_clouds_decide(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    # 1024 pixels: ten are less than a percent, eleven more; shadow and cirrus count, water and snow do not.
+    sky = Sky(A={9: 11}, B={3: 4, 8: 4, 10: 3}, C={9: 10, 6: 500, 11: 300})
+    listed = scene_table("A", "B", "C")
+    table, _ = chips.update(tiles, listed, photos, CLOUDY, UPath(tmp_path), sky.fetch, **FEW)
+    assert set(table["scene_id"].to_pylist()) == {"C"}
+    assert set(table["scenes_tried"].to_pylist()) == {3}
+    assert set(table["chip_cloud_pct"].to_pylist()) == {100 * 10 / 1024}
+    assert set(table["nodata_px"].to_pylist()) == {0}
+    assert sum(sky.asked.values()) == 3 * 23, "the mask comes with the chip"
+    finding = rules.cloud_and_time(table, tiles, photos, listed, CLOUDY)
+    assert finding.passed, finding.message
+    assert (
+        rules.cloud_and_time(table, tiles, photos, listed, replace(CLOUDY, max_cloud_pct=0.9)).violations
+        == 23
+    )
+    scenes_too = replace(CLOUDY, cloud_property="CLOUD", max_scene_cloud_pct=0.2)
+    assert rules.cloud_and_time(table, tiles, photos, listed, scenes_too).violations == 23
+
+
+def test_scenes_are_tried_from_the_nearest_whatever_their_clouds(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    names = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    sky = Sky(**{name: {9: 100} for name in names})
+    cloudy = scene_table(*names)
+    cloudy = cloudy.set_column(2, cloudy.schema.field("cloud_pct"), pa.array([None, 99.0] * 13, pa.float64()))
+    table, _ = chips.update(tiles, cloudy, photos, CLOUDY, UPath(tmp_path), sky.fetch, **FEW)
+    outcomes = set(
+        zip(*(table[name].to_pylist() for name in ("status", "reason", "scenes_tried")), strict=True)
+    )
+    assert outcomes == {("failed", "cloudy", scenes.MAX_CLOUDY_CANDIDATES)}
+    assert set(table["chip_cloud_pct"].to_pylist()) == {100 * 100 / 1024}
+    assert set(sky.asked) == set(names[:24])
+    bounded = replace(CLOUDY, cloud_property="CLOUD", max_scene_cloud_pct=99.0)
+    table, _ = chips.update(tiles, cloudy, photos, bounded, UPath(tmp_path / "b"), sky.fetch, **FEW)
+    assert set(table["reason"].to_pylist()) == {"no_scene"}
+
+
+def test_another_rule_fetches_what_does_not_obey_it(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    sky, listed = Sky(A={9: 50}), scene_table("A", "B")
+    by_scene = replace(CLOUDY, cloud_rule="scene", cloud_property="CLOUD", raw_bands=())
+    table, _ = chips.update(tiles, listed, photos, by_scene, UPath(tmp_path), sky.fetch, **FEW)
+    assert set(table["scene_id"].to_pylist()) == {"A"}
+    assert table["chip_cloud_pct"].null_count == 23
+    table, _ = chips.update(tiles, listed, photos, CLOUDY, UPath(tmp_path), sky.fetch, **FEW)
+    assert set(table["scene_id"].to_pylist()) == {"B"}
+    assert not chips.update(tiles, listed, photos, CLOUDY, UPath(tmp_path), sky.fetch, **FEW)[1]
+    strict = replace(by_scene, max_cloud_pct=0.25)
+    table, _ = chips.update(tiles, scene_table("A"), photos, strict, UPath(tmp_path), sky.fetch, **FEW)
+    assert set(table["reason"].to_pylist()) == {"no_scene"}
+
+
+def test_raw_bands_are_kept_beside_the_chips(
+    root: UPath, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
+    sky, listed = Sky(), scene_table("A")
+    plain = replace(CLOUDY, raw_bands=())
+    chips.update(tiles, listed, photos, plain, root, sky.fetch, **FEW)
+    assert not list(root.glob("raw-*"))
+    table, _ = chips.update(tiles, listed, photos, CLOUDY, root, sky.fetch, **FEW)
+    assert sum(sky.asked.values()) == 2 * 23, "the same request gives both"
+    assert {path.name for path in root.glob("raw-*")} == {f"raw-0000{n}.tar" for n in range(3)}
+    for row in table.to_pylist():
+        grid = Grid(row["epsg"], row["x0_m"], row["y0_m"], row["gsd_m"], row["chip_px"], row["chip_px"])
+        source = sky.fetch(CLOUDY, "A", grid)
+        content = read_member(root, row["raw_shard"], row["raw_offset"], row["raw_size_bytes"])
+        assert hashlib.sha256(content).hexdigest() == row["raw_sha256"]
+        with MemoryFile(content) as memory, memory.open() as file:
+            assert (file.crs.to_epsg(), file.transform) == (32619, grid.affine)
+            assert (file.descriptions, file.dtypes) == (("N", "R"), ("uint16", "uint16"))
+            np.testing.assert_array_equal(np.moveaxis(file.read(), 0, -1), source[..., [3, 0]])
+        chip = chips.decode(read_member(root, row["shard"], row["offset"], row["size_bytes"]))
+        np.testing.assert_array_equal(chip, chips.to_uint8(source[..., :3], CLOUDY))
+    before = snapshot_of(root)
+    assert not chips.update(tiles, listed, photos, CLOUDY, root, sky.fetch, **FEW)[1]
+    assert snapshot_of(root) == before
+
+
+def test_an_abort_keeps_raw_bands_too(
+    root: UPath, tiles: pa.Table, photos: pa.Table, snapshot_of: Any
+) -> None:
+    sky, listed, bad = Sky(), scene_table("A"), tiles["x0_m"][13].as_py()
+
+    def fetch(sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        if grid.x0_m == bad:
+            raise ServiceError("Earth Engine is down. Wait.")
+        return sky.fetch(sensor, scene_id, grid)
+
+    with pytest.raises(ServiceError):
+        chips.update(tiles, listed, photos, CLOUDY, root / "killed", fetch, **FEW)
+    again, _ = chips.update(tiles, listed, photos, CLOUDY, root / "killed", sky.fetch, **FEW)
+    calm, _ = chips.update(tiles, listed, photos, CLOUDY, root / "calm", Sky().fetch, **FEW)
+    assert again.equals(calm)
+    assert sum(sky.asked.values()) == 23
+    files = [
+        {Path(name).name: content for name, content in snapshot_of(root / part).items()}
+        for part in ("killed", "calm")
+    ]
+    assert files[0] == files[1]
+
+
 # --- pixels --------------------------------------------------------------------------------------------------------
 
 
 def test_nodata_is_zero_in_every_band() -> None:
     array = np.ones((4, 4, 3), np.uint16)
-    assert not chips.has_nodata(array)
+    assert chips.quality(array, SMALL) == chips.Quality(0, None)
     array[1, 2, :2] = 0
-    assert not chips.has_nodata(array)
+    assert chips.quality(array, SMALL).suits(SMALL)
     array[1, 2, 2] = 0
-    assert chips.has_nodata(array)
+    assert chips.quality(array, SMALL) == chips.Quality(1, None)
+    assert not chips.quality(array, SMALL).suits(SMALL)
 
 
 def test_the_display_range_is_scaled_and_rounded() -> None:
