@@ -390,23 +390,37 @@ class Pace:
     Args:
         name: of the service.
         concurrency: requests at the same time.
-        requests_per_second: pace; a tenth of a second's worth may go out at once.
+        requests_per_second: pace; a tenth of a second's worth may go out at once. None: as fast as it goes.
     """
 
-    def __init__(self, name: str, *, concurrency: int, requests_per_second: int) -> None:
+    def __init__(self, name: str, *, concurrency: int, requests_per_second: int | None) -> None:
         from pyrate_limiter import Duration, Limiter, Rate, StateBucket
 
-        rate = Rate(requests_per_second, Duration.SECOND, burst=max(1, requests_per_second // 10))
-        self._limiter = Limiter(StateBucket([rate]), buffer_ms=1)
+        self._limiter: Limiter | None = None
+        if requests_per_second is not None:
+            rate = Rate(requests_per_second, Duration.SECOND, burst=max(1, requests_per_second // 10))
+            self._limiter = Limiter(StateBucket([rate]), buffer_ms=1)
         self._name = name
         self._slots = threading.BoundedSemaphore(concurrency)
+        self._paused_until = 0.0
 
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Wait for the turn of one request; the next may have it when the context closes."""
         with self._slots:
-            self._limiter.try_acquire(self._name)
+            while (wait_s := self._paused_until - time.monotonic()) > 0:
+                time.sleep(wait_s)
+            if self._limiter is not None:
+                self._limiter.try_acquire(self._name)
             yield
+
+    def pause(self, seconds: float) -> None:
+        """Let no request begin for a while, of any thread: the service asked for it.
+
+        Args:
+            seconds: from now.
+        """
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
 
 class Breaker:

@@ -7,6 +7,7 @@ import io
 import logging
 import re
 import struct
+import threading
 from typing import Any
 from urllib.parse import urljoin
 
@@ -23,6 +24,7 @@ from resources.http import (
     Breaker,
     BrokenBodyError,
     HttpPool,
+    Pace,
     Retries,
     TransientError,
     UnreachableError,
@@ -59,7 +61,8 @@ class ImageFetcher:
 
     Args:
         static_url: where URLs of Flickr's image hosts are fetched from instead; None: as they are given.
-        concurrency: number of threads that will use the object.
+        concurrency: number of threads that will use the object; a host has no more connections.
+        requests_per_second: pace of the requests to one host; None: as fast as it goes.
         timeout_s: limit of one connect, and of each wait for bytes.
         retries: attempts and waits per photo.
 
@@ -72,6 +75,7 @@ class ImageFetcher:
         *,
         static_url: str | None = None,
         concurrency: int = 16,
+        requests_per_second: int | None = None,
         timeout_s: float = 30.0,
         retries: Retries | None = None,
     ) -> None:
@@ -80,6 +84,9 @@ class ImageFetcher:
         self._static_url = static_url.rstrip("/") if static_url is not None else None
         self.concurrency = concurrency
         self._retries = retries or Retries()
+        self._requests_per_second = requests_per_second
+        self._paces: dict[str, Pace] = {}
+        self._lock = threading.Lock()
         self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s, public_only=static_url is None)
         host = self._static_url or "https://live.staticflickr.com"
         self._breaker = Breaker("Flickr's image host", host, limit=max(20, 2 * concurrency))
@@ -89,12 +96,13 @@ class ImageFetcher:
         """The fetcher of a deployment.
 
         Args:
-            settings: names the static URL, concurrency and timeout.
+            settings: names the static URL, concurrency, pace and timeout.
             retries: attempts and waits per photo.
         """
         return cls(
             static_url=settings.flickr_static_url,
             concurrency=settings.image_concurrency,
+            requests_per_second=settings.image_requests_per_second,
             timeout_s=settings.image_timeout_s,
             retries=retries,
         )
@@ -160,8 +168,10 @@ class ImageFetcher:
         if target is None:
             raise ItemError("url_not_allowed", f"{url!r} is not on Flickr's image hosts", is_permanent=True)
         for _ in range(MAX_REDIRECTS + 1):
+            pace = self._pace(host_of(target))
             try:
-                answer = self._pool.request("GET", target, headers=_HEADERS, max_bytes=MAX_BYTES)
+                with pace.slot():
+                    answer = self._pool.request("GET", target, headers=_HEADERS, max_bytes=MAX_BYTES)
             except BodyTooLargeError as error:
                 raise ItemError("too_large", f"{url}: {error}", is_permanent=True) from None
             except UnreachableError as error:
@@ -173,6 +183,9 @@ class ImageFetcher:
                 raise TransientError("truncated", str(error)) from None
             except ConnectionError as error:
                 raise TransientError("connection", str(error)) from None
+            if answer.status == 429 and answer.retry_after_s:
+                # It is we who are too fast, not this photo: all threads wait.
+                pace.pause(answer.retry_after_s)
             if not 300 <= answer.status < 400:
                 self._check_status(url, answer)
                 return answer
@@ -188,6 +201,15 @@ class ImageFetcher:
                 raise ItemError("redirected", f"{url}: redirected to {host_of(location)}", is_permanent=False)
             target = onward
         raise ItemError("redirected", f"{url}: more than {MAX_REDIRECTS} redirects", is_permanent=False)
+
+    def _pace(self, host: str) -> Pace:
+        """The limits of one host."""
+        with self._lock:
+            if host not in self._paces:
+                self._paces[host] = Pace(
+                    host, concurrency=self.concurrency, requests_per_second=self._requests_per_second
+                )
+            return self._paces[host]
 
     def _check_status(self, url: str, answer: Answer) -> None:
         status = answer.status

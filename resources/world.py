@@ -70,7 +70,11 @@ def open_world(settings: Settings) -> Iterator[Settings]:
 def _pointed_at(settings: Settings, url: str) -> Settings:
     url = url.rstrip("/")
     # The planet has no quota of Flickr's or Google's, unless a pace was asked for.
-    pace = {"flickr_calls_per_hour": 10_000_000, "ee_requests_per_second": 10_000}
+    pace = {
+        "flickr_calls_per_hour": 10_000_000,
+        "image_requests_per_second": 10_000,
+        "ee_requests_per_second": 10_000,
+    }
     return settings.model_copy(
         update={
             **{name: value for name, value in pace.items() if name not in settings.model_fields_set},

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -384,12 +386,42 @@ def test_unusable_address_is_a_settings_error(url):
         ImageFetcher(static_url=url)
 
 
+def test_the_pace_of_a_host_is_kept(scripted, reply):
+    """Twenty a second, two of them at once: a slow machine only makes the span of twelve longer."""
+    server = scripted(lambda request: reply(GOOD))
+    photos = fetcher(server.url, requests_per_second=20, concurrency=8)
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(lambda _: photos.fetch(URL), range(12)))) == 12
+    assert time.monotonic() - started > 10 / 20 - 0.1
+
+
+def test_a_host_that_asks_to_wait_is_left_alone_by_all_threads(scripted, reply):
+    arrived, waits = [], iter([{"status": 429, "headers": {"Retry-After": "1"}}])
+
+    def respond(request):
+        arrived.append(time.monotonic())
+        return reply(**next(waits, {"body": GOOD}))
+
+    photos = fetcher(scripted(respond).url, attempts=1, concurrency=4)
+    with pytest.raises(ItemError, match="429"):
+        photos.fetch(URL)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(lambda _: photos.fetch(URL), range(4)))) == 4
+    assert arrived[1] - arrived[0] >= 1
+
+
 def test_settings_name_everything(scripted, reply):
     server = scripted(lambda request: reply(GOOD))
-    settings = Settings(world="planet", flickr_static_url=server.url + "/here/", image_concurrency=3)
+    settings = Settings(
+        world="planet",
+        flickr_static_url=server.url + "/here/",
+        image_concurrency=3,
+        image_requests_per_second=7,
+    )
     photos = ImageFetcher.from_settings(settings)
     photos.fetch(URL)
-    assert photos.concurrency == 3
+    assert (photos.concurrency, photos._requests_per_second) == (3, 7)
     assert server.requests[0].path == "/here/65535/123_abc_n.jpg"
     photos.close()
     assert "here" in repr(photos)
