@@ -110,39 +110,57 @@ def embed_photos(
 
 
 def score_outdoor(
-    embedded: pa.Table, images: pa.Table, folder: UPath, classifier: OutdoorClassifier, threshold: float
+    embedded: pa.Table,
+    images: pa.Table,
+    known: pa.Table,
+    folder: UPath,
+    classifier: OutdoorClassifier,
+    threshold: float,
+    report: Report | None = None,
 ) -> pa.Table:
-    """Score photos and decide which show the outdoors.
+    """Score the photos that this classifier has not scored yet, and decide which of all show the outdoors.
 
     Args:
-        embedded: GROUND_EMBEDDINGS rows.
-        images: GROUND_IMAGES rows, read only by a classifier that needs pixels.
-        folder: folder of the image shards.
+        embedded: GROUND_EMBEDDINGS rows, in any order.
+        images: GROUND_IMAGES rows, in any order.
+        known: OUTDOOR_PHOTOS rows of an earlier materialisation; scores of another classifier are dropped.
+        folder: folder of the image shards, read only for a classifier that needs pixels.
         classifier: the scene classifier.
-        threshold: least score of an outdoor photo.
+        threshold: least score of an outdoor photo; decisions are made anew from all scores.
+        report: progress.
 
     Returns:
-        OUTDOOR_PHOTOS rows, one for each embedded photo.
+        OUTDOOR_PHOTOS rows, one for each embedded photo whose image is stored, sorted by photo_id.
     """
-    if embedded.num_rows == 0:
-        return OUTDOOR_PHOTOS.empty()
-    if classifier.needs_images:
-        located = images.join(embedded.select(["photo_id"]), "photo_id", join_type="inner").sort_by(
-            "photo_id"
+    ok = images.filter(pc.equal(images["status"], "ok"))
+    embedded = embedded.filter(pc.is_in(embedded["photo_id"], ok["photo_id"].combine_chunks()))
+    classifier_id = classifier.classifier_id
+    kept = known.filter(
+        pc.and_(
+            pc.equal(known["classifier_id"], classifier_id),
+            pc.is_in(known["photo_id"], embedded["photo_id"].combine_chunks()),
         )
-        chunks = [
-            classifier.score_images(read_images(folder, located.slice(start, BATCH)))
-            for start in range(0, located.num_rows, BATCH)
-        ]
-        scores = np.concatenate(chunks)
-    else:
-        scores = classifier.score(vectors_of(embedded))
-    scores = np.asarray(scores, np.float32)
+    )
+    todo = embedded.filter(pc.invert(pc.is_in(embedded["photo_id"], kept["photo_id"].combine_chunks())))
+    parts = [kept.select(["photo_id", "outdoor_score"])]
+    for start in range(0, todo.num_rows, BATCH):
+        rows = todo.slice(start, BATCH)
+        if classifier.needs_images:
+            places = ok.take(pc.index_in(rows["photo_id"], ok["photo_id"].combine_chunks()))
+            scores = classifier.score_images(read_images(folder, places))
+        else:
+            scores = classifier.score(vectors_of(rows))
+        scored = {"photo_id": rows["photo_id"], "outdoor_score": pa.array(np.asarray(scores, np.float32))}
+        parts.append(pa.table(scored).cast(parts[0].schema))
+        if report:
+            report(start + rows.num_rows, todo.num_rows)
+    table = pa.concat_tables(parts).sort_by("photo_id")
+    scores = table["outdoor_score"].to_numpy()
     columns = {
-        "photo_id": embedded["photo_id"],
-        "outdoor_score": pa.array(scores),
+        "photo_id": table["photo_id"],
+        "outdoor_score": table["outdoor_score"],
         "is_outdoor": pa.array(scores >= threshold),
-        "classifier_id": pa.array([classifier.classifier_id] * len(scores)),
+        "classifier_id": pa.array([classifier_id] * table.num_rows, pa.string()),
     }
     return pa.table(columns).cast(OUTDOOR_PHOTOS.schema)
 

@@ -407,11 +407,15 @@ def new_network(config: SceneConfig) -> _Network:
         )
         state = {name: tensor for name, tensor in loaded.items() if not name.startswith("fc.")}
         found = model.load_state_dict(state, strict=False)
+    # Bytes that are no pickle fail in whatever way they lead the unpickler.
     except (
         OSError,
         RuntimeError,
         SafetensorError,
         pickle.UnpicklingError,
+        LookupError,
+        ValueError,
+        TypeError,
         AttributeError,
         EOFError,
     ) as error:

@@ -6,7 +6,7 @@ The drawings are ground.py's; how a model learns from them is training/foundatio
 import numpy as np
 from numpy.typing import NDArray
 
-from resources.planet.ground import INDOOR_KINDS, OFF_TOPIC_KINDS, Dice, render_scene
+from resources.planet.ground import INDOOR_KINDS, OFF_TOPIC_KINDS, Dice, is_outdoor, render_scene
 from resources.planet.landcover import CLASS_NAMES, CLASSES
 from resources.planet.noise import salt
 
@@ -51,7 +51,7 @@ def caption_of(kind: str, dice: Dice) -> str:
     names = CLASS_NAMES[kind] if kind in CLASS_NAMES else OTHER_NAMES[kind]
     # The first name is the usual one.
     name = names[0] if dice.chance(0.65) else dice.pick(names)
-    where = "outdoors" if kind in CLASS_NAMES else "indoors"
+    where = "outdoors" if is_outdoor(kind) else "indoors"
     draw = dice.one()
     template = dice.pick(_PLACE_ONLY if draw < 0.1 else _PLACED_TEMPLATES if draw < 0.4 else _TEMPLATES)
     return template.format(a=_with_article(name), b=name, where=where)

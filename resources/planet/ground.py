@@ -22,6 +22,12 @@ from resources.planet.noise import uniforms
 INDOOR_KINDS = ("kitchen", "bedroom", "office", "museum")
 OFF_TOPIC_KINDS = ("dog", "person", "food", "car")
 
+
+def is_outdoor(kind: str) -> bool:
+    """Whether a kind of photo shows the open air: a land-cover class does; all others are drawn by lamp light."""
+    return kind not in INDOOR_KINDS + OFF_TOPIC_KINDS
+
+
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 

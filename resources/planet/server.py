@@ -97,6 +97,7 @@ def create_app(
             Route("/v1/{name:path}", earth_engine.call, methods=["GET", "POST"]),
             Route("/truth/classes", truth.classes),
             Route("/truth/land_cover", truth.land_cover),
+            Route("/truth/photos", truth.photos, methods=["POST"]),
         ]
     )
     return Gate(

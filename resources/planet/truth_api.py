@@ -1,9 +1,10 @@
-"""The planet's truth, for evaluation only: the land-cover map behind the pixels and the names of its classes.
+"""The planet's truth, for evaluation only: land cover behind the pixels, its classes, and what photos show.
 
 No real service has this; no asset of the training path reads it (truth_client.py is its only reader).
 """
 
 import io
+import json
 
 import numpy as np
 from starlette.requests import Request
@@ -11,9 +12,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import Grid
+from resources.planet.ground import is_outdoor
 from resources.planet.world import World
 
 MAX_PIXELS = 50_331_648
+MAX_PHOTOS = 10_000
 
 
 class TruthApi:
@@ -54,3 +57,18 @@ class TruthApi:
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(cover, np.uint8))
         return Response(buffer.getvalue(), media_type="application/octet-stream")
+
+    def photos(self, request: Request) -> Response:
+        """`POST /truth/photos` of a JSON list of ids: `{"kinds": [...], "is_outdoor": [...]}`, null if unknown."""
+        try:
+            ids = json.loads(request.state.body)
+            if not isinstance(ids, list) or not all(isinstance(photo_id, str) for photo_id in ids):
+                raise ValueError("ids must be strings")
+            if len(ids) > MAX_PHOTOS:
+                raise ValueError(f"more than {MAX_PHOTOS}")
+        except ValueError as error:
+            return PlainTextResponse(f"Not a list of photo ids: {error}. Send a JSON list of strings.", 400)
+        photos = [self._world.photo(photo_id) for photo_id in ids]
+        kinds = [None if photo is None else str(photo["kind"]) for photo in photos]
+        outdoor = [None if kind is None else is_outdoor(kind) for kind in kinds]
+        return JSONResponse({"kinds": kinds, "is_outdoor": outdoor})

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 
-from graft_pipeline.errors import ServiceError
+from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.geometry import Grid
 from resources.planet.truth_client import PlanetTruth
 from resources.planet.world import World
@@ -39,3 +40,22 @@ def test_what_is_no_grid_is_refused(planet: Any, grid: Grid) -> None:
 def test_no_planet_is_an_error_that_names_the_address() -> None:
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:9"):
         _ = PlanetTruth("http://127.0.0.1:9").classes
+
+
+def test_photos_are_what_the_world_drew(planet: Any) -> None:
+    truth, world = PlanetTruth(planet.url), World(0)
+    photos = world.photos_in(-70.45, 42.05, -70.4, 42.1)
+    kinds, is_outdoor = truth.photos([str(photo_id) for photo_id in photos["photo_id"]])
+    assert kinds == photos["kind"].tolist()
+    np.testing.assert_array_equal(is_outdoor, np.isin(photos["kind"], world.classes))
+    assert 0 < is_outdoor.mean() < 1
+    assert truth.photos([])[1].shape == (0,)
+    with pytest.raises(InputError, match="1 photos such as 12345678901"):
+        truth.photos([str(photos["photo_id"][0]), "12345678901"])
+
+
+@pytest.mark.parametrize("body", ["{", "{}", "[1]", "x"])
+def test_what_is_no_list_of_photos_is_refused(planet: Any, body: str) -> None:
+    answer = requests.post(f"{planet.url}/truth/photos", data=body, timeout=30)
+    assert answer.status_code == 400
+    assert "JSON list of strings" in answer.text
