@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft_pipeline.errors import InputError
+from graft_pipeline.geometry import UTM_LATITUDES_DEG
 from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.regions import regions_touching
 
@@ -71,8 +72,8 @@ def read_area(path: "str | Path | UPath", name: str | None = None, where: str | 
 
     Raises:
         InputError: if the file is missing, unreadable or empty, has no CRS (only GeoJSON may be silent, it is
-            EPSG:4326 by its standard), holds other than polygons, crosses the antimeridian, or if no feature
-            fulfils `where`.
+            EPSG:4326 by its standard), holds other than polygons, crosses the antimeridian, reaches beyond
+            UTM's latitudes, or if no feature fulfils `where`.
     """
     import geopandas
     import shapely
@@ -87,8 +88,10 @@ def read_area(path: "str | Path | UPath", name: str | None = None, where: str | 
     # pyogrio reports a bad `where` as ValueError, GEOS a broken ring as its own exception.
     except (DataSourceError, ValueError, shapely.errors.GEOSException) as error:
         hint = f" or the condition {where!r}" if where else ""
+        # GDAL's own advice, to prefix the path with a driver, is of no use here.
+        problem = str(error).partition("; It might help")[0].rstrip(".")
         raise InputError(
-            f"{path} cannot be read as a vector file ({error}): correct the file{hint}."
+            f"{path} cannot be read as a vector file ({problem}): correct the file{hint}."
         ) from error
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise InputError(f"{path} has no geometry: give a file of polygons.")
@@ -130,6 +133,12 @@ def _valid_polygons(parts: Any, source: str) -> "BaseGeometry":
         raise InputError(
             f"{source} reaches from ({west:g}, {south:g}) to ({east:g}, {north:g}), which are no "
             "longitudes and latitudes: correct its CRS."
+        )
+    # Refused here, where it is one area; as regions it would stop those of every other area.
+    if south < UTM_LATITUDES_DEG[0] or north > UTM_LATITUDES_DEG[1]:
+        raise InputError(
+            f"{source} reaches from latitude {south:g} to {north:g}, beyond UTM's {UTM_LATITUDES_DEG[0]:g} to "
+            f"{UTM_LATITUDES_DEG[1]:g}: cut its polygons to that range."
         )
     if not shapely.is_valid(parts).all():
         logger.warning("%s crosses itself in places; repaired", source)

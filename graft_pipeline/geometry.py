@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
+#: Southern and northern end of UTM, degrees.
+UTM_LATITUDES_DEG = (-80.0, 84.0)
+
 _thread = threading.local()
 
 
@@ -38,7 +41,7 @@ def utm_epsg(lon_deg: float, lat_deg: float) -> int:
     Raises:
         InputError: if the place is outside of UTM's range or not finite.
     """
-    if not (-180.0 <= lon_deg <= 180.0 and -80.0 <= lat_deg <= 84.0):
+    if not (-180.0 <= lon_deg <= 180.0 and UTM_LATITUDES_DEG[0] <= lat_deg <= UTM_LATITUDES_DEG[1]):
         raise InputError(
             f"({lon_deg}, {lat_deg}) lies outside of UTM (longitude -180 to 180, latitude -80 to 84): "
             "cut the area to that range."

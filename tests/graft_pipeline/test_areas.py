@@ -73,6 +73,8 @@ def test_geojson_without_crs_is_in_degrees(tmp_path: Path) -> None:
         (lambda folder: write(folder / "fiji.geojson", shapely.box(177, -19, 182, -16)), "antimeridian"),
         (lambda folder: write(folder / "wide.geojson", shapely.box(-179, -19, 179, -16)), "antimeridian"),
         (lambda folder: write(folder / "metres.geojson", shapely.box(3e5, 4e6, 4e5, 5e6)), "CRS"),
+        (lambda folder: write(folder / "pole.geojson", shapely.box(0, 83, 9, 90)), "UTM"),
+        (lambda folder: write(folder / "south.geojson", shapely.box(0, -81, 9, -70)), "UTM"),
         (lambda folder: write(folder / "flat.geojson", shapely.Polygon([(0, 0), (1, 1), (0, 0)])), "area"),
     ],
 )
