@@ -58,6 +58,11 @@ def planet_foundation(
     )
 
 
+def benchmark_file(storage: Storage, sensor: Sensor):
+    """Where a sensor's benchmark lies."""
+    return storage.root / "benchmarks" / f"sensor={sensor.name}" / "benchmark.npz"
+
+
 def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     """Benchmark and scores of one sensor.
 
@@ -68,9 +73,6 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         `benchmark`, `zero_shot_scores`, `segmentation_scores`.
     """
     options = {"key_prefix": sensor.name, "group_name": sensor.name, "owners": OWNERS}
-
-    def benchmark_file(storage: Storage):
-        return storage.root / "benchmarks" / f"sensor={sensor.name}" / "benchmark.npz"
 
     @dg.asset(
         **options,
@@ -96,7 +98,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             seed=world.seed,
             progress=progress.task(f"{sensor.name} benchmark"),
         )
-        made.save(benchmark_file(storage))
+        made.save(benchmark_file(storage, sensor))
         tiles = [
             storage.read(schemas.TILES, **v) for v in storage.partitions(schemas.TILES, sensor=sensor.name)
         ]
@@ -127,7 +129,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         from training.zero_shot.prompts import load_prompts
         from training.zero_shot.scoring import score_images
 
-        made = Benchmark.load(benchmark_file(storage))
+        made = Benchmark.load(benchmark_file(storage, sensor))
         contenders = {
             "image_encoder": local_model(encoder_folder(storage, sensor, "image")),
             "foundation": local_model(storage.models_folder / "foundation"),
@@ -162,7 +164,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         from training.zero_shot.prompts import load_prompts
         from training.zero_shot.scoring import score_segmentation
 
-        made = Benchmark.load(benchmark_file(storage))
+        made = Benchmark.load(benchmark_file(storage, sensor))
         contenders = {
             "pixel_encoder": local_model(encoder_folder(storage, sensor, "pixel")),
             "foundation": local_model(storage.models_folder / "foundation"),

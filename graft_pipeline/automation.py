@@ -33,7 +33,7 @@ def build_jobs(sensors: Iterable[str], *, has_scores: bool) -> list[Any]:
 
     Returns:
         `register_regions`, `collect_region` (from search to pairs, all sensors: one run a partition), `learn`
-        (training sets and encoders), `index_region` (chip embeddings) and, on the planet, `score`.
+        (training sets and encoders), `index_region` (chip embeddings) and, on the planet, `score` and `ablate`.
     """
     names = list(sensors)
     select = dg.AssetSelection.assets
@@ -56,11 +56,16 @@ def build_jobs(sensors: Iterable[str], *, has_scores: bool) -> list[Any]:
         ),
     ]
     if has_scores:
-        jobs.append(
+        jobs += [
             dg.define_asset_job(
                 "score",
                 select(*keys_of(names, SCORES)),
                 description="Zero-shot scores on ground that no training tile touches.",
-            )
-        )
+            ),
+            dg.define_asset_job(
+                "ablate",
+                select(*keys_of(names, ["ablations"])),
+                description="The paper's ablations of every sensor: variants trained with several seeds, a table.",
+            ),
+        ]
     return jobs

@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.ablations import build_ablations
 from assets.areas import regions
 from assets.external import build_external_assets
 from assets.ground import (
@@ -18,6 +19,7 @@ from assets.ground import (
     search_locations,
 )
 from assets.learning import build_learning_assets
+from assets.outdoor import outdoor_scores, planet_scene_classifier
 from assets.planet import build_planet_assets, planet_foundation
 from assets.sensors import build_sensor_assets
 from graft_pipeline.automation import build_jobs
@@ -28,7 +30,7 @@ from resources.flickr import FlickrClient
 from resources.foundation import FoundationModel
 from resources.imagery import open_imagery
 from resources.images import ImageFetcher
-from resources.scene_classifier import SceneClassifier
+from resources.scene_classifier import SceneClassifier, planet_checkpoint
 from resources.storage import Storage
 from resources.world import open_world
 
@@ -86,12 +88,13 @@ def foundation(context: dg.InitResourceContext) -> FoundationModel:
     return FoundationModel(settings.foundation_architecture, settings.foundation_pretrained)
 
 
-@dg.resource(required_resource_keys={"world", "foundation"}, description="Indoor or outdoor.")
+@dg.resource(required_resource_keys={"world", "storage", "foundation"}, description="Indoor or outdoor.")
 def scene_classifier(context: dg.InitResourceContext) -> SceneClassifier:
-    """The scene classifier in the form that the settings choose."""
+    """The scene classifier in the form that the settings choose; the planet has a checkpoint of its own."""
     settings = context.resources.world
     if settings.scene_classifier == "checkpoint":
-        return SceneClassifier.checkpoint(settings.scene_checkpoint)
+        own = planet_checkpoint(context.resources.storage.models_folder) if settings.is_planet else None
+        return SceneClassifier.checkpoint(settings.scene_checkpoint or own)
     return SceneClassifier.zero_shot(context.resources.foundation)
 
 
@@ -128,9 +131,9 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     for sensor in sensors:
         assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
         if has_truth:
-            assets += build_planet_assets(sensor)
+            assets += [*build_planet_assets(sensor), build_ablations(sensor)]
     if settings.is_planet:
-        assets.append(planet_foundation)
+        assets += [planet_foundation, planet_scene_classifier, outdoor_scores]
     resources = {
         "world": world,
         "storage": storage,

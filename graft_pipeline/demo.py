@@ -129,14 +129,19 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
         The deployment's environment variables.
 
     Raises:
-        GraftError: if the folder holds something that no demo made.
+        GraftError: if the folder holds something that no demo made, or cannot be made.
     """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / "settings.env").exists():
-            raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
-        shutil.rmtree(folder)
     home = folder / "dagster_home"
-    home.mkdir(parents=True)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / "settings.env").exists():
+                raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
+            shutil.rmtree(folder)
+        home.mkdir(parents=True)
+    except OSError as error:
+        raise GraftError(
+            f"{folder} cannot hold a demo ({error.strerror}): choose another --folder."
+        ) from error
     source = Path(__file__).parents[1] / "dagster.yaml"
     shutil.copyfile(source, home / "dagster.yaml")
     environment = demo_environment(folder, seed, is_small=is_small)
@@ -157,8 +162,15 @@ class Runner:
         self._job = definitions.resolve_implicit_global_asset_job_def()
         self._instance = instance
 
-    def materialise(self, *keys: dg.AssetKey, partition: str | None = None) -> None:
+    def materialise(
+        self, *keys: dg.AssetKey, partition: str | None = None, config: dict[str, Any] | None = None
+    ) -> None:
         """Run assets, upstream first, as the UI's Materialize button does.
+
+        Args:
+            *keys: the assets.
+            partition: their partition, if they have any.
+            config: of the run, by op.
 
         Raises:
             Exception: whatever stopped the step, unchanged; the run is recorded as failed.
@@ -169,7 +181,10 @@ class Runner:
                 asset_selection=list(keys),
                 partition_key=partition,
                 tags={"graft/demo": "true"},
-                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                run_config={
+                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                    "ops": config or {},
+                },
             )
         except (dg.Failure, dg.DagsterError) as failure:
             if isinstance(failure.__cause__, GraftError):

@@ -1,0 +1,211 @@
+"""The paper's ablations of one sensor: each variant trained with several seeds, and scored on the one benchmark.
+
+Which variants there are and what each learns from is in graft_pipeline/ablations.py.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+from upath import UPath
+
+from assets.external import FOUNDATION_KEY
+from assets.launching import Trained, Training, launch
+from assets.learning import local_model
+from assets.planet import benchmark_file
+from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from graft_pipeline import ablations as rules_of_ablations
+from graft_pipeline import previews, schemas, training_sets
+from graft_pipeline.ablations import SCORES, Variant
+from graft_pipeline.imagery import ImagerySource, Sensor
+from graft_pipeline.partitions import ALL_REGIONS
+from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version, fingerprint
+from graft_pipeline.regions import Region
+from graft_pipeline.settings import Settings
+from resources.foundation import FoundationModel
+from resources.planet.benchmark import Benchmark
+from resources.storage import Storage
+
+#: Modules whose code decides what a training gives and how it is scored.
+LEARNING_MODULES = (
+    *(
+        f"training.{name}"
+        for name in ("augment", "data", "encoders", "loop", "losses", "optimisation", "recipes")
+    ),
+    "training.zero_shot.scoring",
+)
+
+
+class AblationsConfig(dg.Config):
+    """What a single run may ask of `ablations`."""
+
+    #: Names in graft_pipeline.ablations.VARIANTS; none: all.
+    variants: list[str] = Field(default_factory=list)
+    #: Trainings of each variant, with the seeds 0, 1 ...
+    seeds: int = Field(3, gt=0)
+    #: Fields of training.loop.TrainConfig that differ from the recipe's, for all variants: `{"steps": 1000}`.
+    train_config: dict[str, Any] = Field(default_factory=dict)
+
+
+def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
+    """The asset `ablations` of one sensor.
+
+    Args:
+        sensor: the sensor's record.
+
+    Returns:
+        The asset; its table has a row for each variant and seed.
+    """
+
+    @dg.asset(
+        key_prefix=sensor.name,
+        group_name=sensor.name,
+        owners=OWNERS,
+        deps=[
+            [sensor.name, "training_set"],
+            [sensor.name, "benchmark"],
+            FOUNDATION_KEY,
+            *(
+                dg.AssetDep(key, partition_mapping=ALL_REGIONS)
+                for key in ("outdoor_photos", [sensor.name, "chips"])
+            ),
+        ],
+        code_version=code_version(rules_of_ablations),
+        kinds={"pytorch", "parquet"},
+        pool="gpu",
+        metadata={"dagster/column_schema": table_schema(schemas.ABLATIONS)},
+        check_specs=check_specs([sensor.name, "ablations"], partitioned=False),
+    )
+    def ablations(
+        context: dg.AssetExecutionContext,
+        config: AblationsConfig,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
+        foundation: dg.ResourceParam[FoundationModel],
+        imagery: dg.ResourceParam[ImagerySource],
+        progress: dg.ResourceParam[Progress],
+    ) -> dg.MaterializeResult:
+        """Every variant of the paper's ablations, trained and scored; what was trained before is not trained again."""
+        made = Benchmark.load(benchmark_file(storage, sensor))
+        judged_by = fingerprint(made.chips, made.labels, made.segmentation_chips, made.masks)
+        table = storage.read(schemas.ABLATIONS, sensor=sensor.name)
+        changed, models = False, storage.models_folder / f"sensor={sensor.name}" / "ablations"
+        for variant in rules_of_ablations.variants_named(config.variants):
+            snapshot = prepare(variant, sensor, world, storage, foundation, imagery, progress)
+            for seed in range(config.seeds):
+                training = Training(
+                    snapshot=snapshot,
+                    root=rules_of_ablations.variant_root(storage.root, sensor, variant),
+                    output=models / variant.name / f"seed={seed}",
+                    sensor=sensor.name,
+                    level=variant.level,
+                    recipe=world.training_recipe,
+                    foundation=foundation,
+                    seed=seed,
+                    fields={**config.train_config, **variant.fields},
+                )
+                decides = (
+                    training.level,
+                    training.recipe,
+                    training.fields,
+                    seed,
+                    code_version(*LEARNING_MODULES),
+                )
+                run_id = fingerprint(*decides, snapshot.name, foundation.model_id, judged_by)
+                if run_id in table["run_id"].to_pylist():
+                    continue
+                report = progress.task(f"{sensor.name} {variant.name}, seed {seed}")
+                trained = launch(context, world, training, report)
+                new = row(variant, seed, run_id, snapshot, trained, score(made, training.output))
+                table = with_row(table, new)
+                changed |= storage.write(schemas.ABLATIONS, table, sensor=sensor.name)
+        summary = rules_of_ablations.summarise(table)
+        text = rules_of_ablations.to_markdown(summary)
+        means = {name: {of["variant"]: of[name] for of in summary} for name in list(SCORES)[:3]}
+        return report_table(
+            schemas.ABLATIONS,
+            table,
+            changed=changed,
+            picture=previews.bars(means, title=f"{sensor.name}: ablations", ylabel="score"),
+            table=dg.MetadataValue.md(text),
+            **{f"accuracy/{of['variant']}": round(of["accuracy"], 4) for of in summary},
+        )
+
+    return ablations
+
+
+def prepare(
+    variant: Variant,
+    sensor: Sensor,
+    world: Settings,
+    storage: Storage,
+    foundation: FoundationModel,
+    imagery: ImagerySource,
+    progress: Progress,
+) -> UPath:
+    """Make what a variant learns from, if it is not the sensor's own training set; returns the snapshot's folder."""
+    if not variant.is_main_data:
+        for place in storage.partitions(schemas.TILES, sensor=sensor.name):
+            rules_of_ablations.make_region(
+                storage.root,
+                Region.parse(place["region"], world.grid_deg),
+                sensor,
+                variant,
+                imagery.get_chip,
+                concurrency=imagery.concurrency,
+                max_attempts=world.max_attempts,
+                photos_per_tile=world.photos_per_tile,
+                seed=world.seed,
+                validation_fraction=world.validation_fraction,
+                today=datetime.now(UTC).date(),
+                progress=progress.task(f"{place['region']} {sensor.name} chips of {variant.name}"),
+            )
+        here = rules_of_ablations.variant_root(storage.root, sensor, variant)
+        return training_sets.build_training_set(here, sensor).folder
+    snapshot = training_sets.latest(storage.root, sensor)
+    if variant.needs_alt_text:
+        rules_of_ablations.write_alt_texts(storage.root, snapshot, foundation.embed_texts)
+    return snapshot
+
+
+def score(made: Benchmark, output: UPath) -> dict[str, float]:
+    """Scores of a trained encoder by column of the table."""
+    from training.zero_shot.prompts import load_prompts
+    from training.zero_shot.scoring import score_images, score_segmentation
+
+    encoder = {"encoder": local_model(output / "encoder")}
+    prompts = load_prompts("planet")
+    images = score_images(encoder, made.chips, made.labels, prompts.restricted_to(made.classes))
+    pixels = score_segmentation(
+        encoder, made.segmentation_chips, made.masks, prompts.restricted_to(made.all_classes)
+    )
+    metrics = images.metrics | pixels.metrics
+    return {column: metrics[task]["encoder"][metric] for column, (task, metric) in SCORES.items()}
+
+
+def row(
+    variant: Variant, seed: int, run_id: str, snapshot: UPath, trained: Trained, scores: dict[str, float]
+) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "run_id": run_id,
+        "snapshot": snapshot.name.removeprefix("snapshot="),
+        "train_tiles": trained.result["train_tiles"],
+        "train_pairs": trained.result["train_photos"],
+        "best_step": trained.result["best_step"],
+        "training_seconds": trained.result["seconds"],
+        **scores,
+    }
+
+
+def with_row(table: pa.Table, new: dict[str, Any]) -> pa.Table:
+    """The table with a row added, or put in the place of that of its variant and seed."""
+    same = pc.and_(pc.equal(table["variant"], new["variant"]), pc.equal(table["seed"], new["seed"]))
+    added = pa.Table.from_pylist([new], schema=schemas.ABLATIONS.schema)
+    return pa.concat_tables([table.filter(pc.invert(same)), added])
