@@ -107,6 +107,24 @@ def test_a_demo_never_deletes_a_folder_it_did_not_make(tmp_path: Path) -> None:
     assert (tmp_path / "precious.txt").read_text() == "x"
 
 
+def test_a_root_that_is_no_folder_and_a_demo_in_a_file_are_messages(tmp_path: Path) -> None:
+    file = tmp_path / "area.geojson"
+    ring = [[0.1, 0.1], [0.2, 0.1], [0.2, 0.2], [0.1, 0.1]]
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    added = graft("areas", "add", str(file), root=file)
+    demo = graft("demo", "--folder", str(file))
+    assert (added.returncode, demo.returncode) == (1, 1)
+    assert "GRAFT_ROOT" in added.stderr
+    assert "--folder" in demo.stderr
+    assert "Traceback" not in added.stderr + demo.stderr
+
+
+def test_without_an_area_the_list_says_how_to_add_one(tmp_path: Path) -> None:
+    listed = graft("areas", "list", root=tmp_path)
+    assert listed.returncode == 0
+    assert "graft areas add" in listed.stdout
+
+
 def test_a_mount_without_a_file_is_wrong_usage() -> None:
     assert graft("planet", "serve", "--mount", "naip", "--port", "0").returncode == 2
 
