@@ -32,6 +32,7 @@ from graft_pipeline.progress import Progress
 from graft_pipeline.provenance import code_version
 from graft_pipeline.regions import Region
 from graft_pipeline.settings import Settings
+from graft_pipeline.unfinished import Unfinished
 from resources.flickr import FlickrClient
 from resources.foundation import FoundationModel
 from resources.images import ImageFetcher
@@ -110,9 +111,10 @@ def flickr_photos(
     known = storage.read(schemas.FLICKR_PHOTOS, region=region.key)
     locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
     since = photos.search_from(known, world.uploaded_from, full_refresh=config.full_refresh)
-    calls = flickr.calls
+    calls, unfinished = flickr.calls, Unfinished(storage.folder(schemas.FLICKR_PHOTOS, region=region.key))
+    report = progress.task(f"{region.key} Flickr search")
     raw = photos.search_all(
-        locations, flickr.search, since, datetime.now(UTC), progress.task(f"{region.key} Flickr search")
+        locations, flickr.search, since, datetime.now(UTC), unfinished, flickr.filters, report
     )
     found = photos.photo_rows(raw, region)
     wanted = purging.keep_out(
@@ -120,6 +122,7 @@ def flickr_photos(
     )
     table = photos.merge_photos(known, wanted)
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
+    unfinished.close()
     where = photos.by_status(table)
     return report_table(
         schemas.FLICKR_PHOTOS,
@@ -201,17 +204,20 @@ def outdoor_photos(
     world: dg.ResourceParam[Settings],
     storage: dg.ResourceParam[Storage],
     scene_classifier: dg.ResourceParam[SceneClassifier],
+    progress: dg.ResourceParam[Progress],
 ) -> dg.MaterializeResult:
-    """Score and decision of the indoor/outdoor classifier; nothing is deleted."""
+    """Score and decision of the indoor/outdoor classifier, each photo scored once; nothing is deleted."""
     key = context.partition_key
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)
     images = storage.read(schemas.GROUND_IMAGES, region=key)
     table = embeddings.score_outdoor(
         storage.read(schemas.GROUND_EMBEDDINGS, region=key),
         images,
+        storage.read(schemas.OUTDOOR_PHOTOS, region=key),
         folder,
         scene_classifier,
         world.outdoor_threshold,
+        progress.task(f"{key} outdoor photos"),
     )
     changed = storage.write(schemas.OUTDOOR_PHOTOS, table, region=key)
     picture = sheets.outdoor_sheet(images, table, folder, seed=world.seed)

@@ -3,6 +3,7 @@
 Flickr's client is in resources/flickr.py; image bytes are the business of ground_images.py.
 """
 
+import json
 import logging
 import math
 import re
@@ -18,8 +19,10 @@ import pyarrow.compute as pc
 
 from graft_pipeline.errors import InputError
 from graft_pipeline.manifests import columns
+from graft_pipeline.provenance import fingerprint
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import FLICKR_PHOTOS
+from graft_pipeline.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -357,23 +360,43 @@ def search_all(
     search: Callable[[float, float, float, datetime, datetime], Iterable[dict[str, Any]]],
     uploaded_from: datetime,
     uploaded_to: datetime,
+    unfinished: Unfinished,
+    filters: Mapping[str, str],
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Search around every location of a region.
+    """Search around every location of a region; an interrupted search goes on where it was.
 
     Args:
         locations: SEARCH_LOCATIONS rows.
         search: Flickr's client: (lon_deg, lat_deg, radius_km, uploaded_from, uploaded_to) to photo records.
         uploaded_from: first upload time asked for.
-        uploaded_to: end of the upload times asked for.
+        uploaded_to: end of the upload times asked for. An interrupted search keeps its own: else photos that
+            are uploaded in between would be missed at the locations that it had done.
+        unfinished: answers of an interrupted search, and of this one; close it when the photos are stored.
+        filters: what else decides the answers.
         progress: called with (done, total) locations.
 
     Yields:
         Raw photo records; discs overlap, so ids repeat.
     """
-    places = locations.select(["lon_deg", "lat_deg", "radius_km"]).to_pylist()
+    places = locations.select(["location_id", "lon_deg", "lat_deg", "radius_km"]).to_pylist()
+    request = fingerprint(places, uploaded_from, filters)
+    begun = unfinished.take("search", request)
+    if begun is None:
+        unfinished.keep("search", request, {"uploaded_to": uploaded_to.isoformat()})
+    else:
+        uploaded_to = datetime.fromisoformat(begun[0]["uploaded_to"])
+    request = fingerprint(request, uploaded_to)
     for done, place in enumerate(places, start=1):
-        yield from search(place["lon_deg"], place["lat_deg"], place["radius_km"], uploaded_from, uploaded_to)
+        key = f"location-{place['location_id']}"
+        kept = unfinished.take(key, request)
+        if kept is None:
+            where = place["lon_deg"], place["lat_deg"], place["radius_km"]
+            records = list(search(*where, uploaded_from, uploaded_to))
+            unfinished.keep(key, request, {}, json.dumps(records).encode())
+        else:
+            records = json.loads(kept[1])
+        yield from records
         if progress:
             progress(done, len(places))
 

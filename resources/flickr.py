@@ -111,6 +111,7 @@ class FlickrClient:
         retries: attempts and waits per call.
 
     Attributes:
+        filters: parameters of every search that come from `licenses` and `safe_search`.
         calls: HTTP calls made so far, retries included.
         unreachable_results: results that Flickr announced within single seconds beyond what it hands out.
     """
@@ -139,9 +140,9 @@ class FlickrClient:
         self._calls_per_hour = calls_per_hour
         self._timeout_s = timeout_s
         self._pacing_file = pacing_file
-        self._filters = {"safe_search": str(_SAFETY_LEVELS[safe_search])}
+        self.filters = {"safe_search": str(_SAFETY_LEVELS[safe_search])}
         if licenses:
-            self._filters["license"] = licenses
+            self.filters["license"] = licenses
         self._retries = retries or Retries(attempts=6)
         self._redaction = Redaction([key, secret])
         self._lock = threading.Lock()
@@ -256,11 +257,17 @@ class FlickrClient:
                 )  # fmt: skip
             pages = math.ceil(min(total, RESULT_LIMIT) / PAGE_SIZE)
             for page in itertools.count(2):
-                for row in rows:
-                    if row["id"] not in seen:
-                        seen.add(row["id"])
-                        yield row
-                if page > pages or not rows:
+                new = {row["id"]: row for row in rows if row["id"] not in seen}
+                seen.update(new)
+                yield from new.values()
+                # The total is an estimate: after a full page there may be more than it says.
+                is_full = len(rows) >= PAGE_SIZE and bool(new)
+                if not rows or (page > pages and not is_full):
+                    break
+                if page > RESULT_LIMIT // PAGE_SIZE:
+                    if total <= SPLIT_ABOVE and end_s - start_s > 1:
+                        middle_s = (start_s + end_s) // 2
+                        windows += [(middle_s, end_s), (start_s, middle_s)]
                     break
                 rows, _ = self._page(where, start_s, end_s, page)
 
@@ -270,7 +277,7 @@ class FlickrClient:
         """One page of a search: its records with an id, and how many the whole search has."""
         answer = self._call(
             **where,
-            **self._filters,
+            **self.filters,
             min_upload_date=str(start_s),
             # Flickr's bound is inclusive, our windows are half-open.
             max_upload_date=str(end_s - 1),

@@ -6,12 +6,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from upath import UPath
 
 from graft_pipeline import photos
-from graft_pipeline.errors import InputError
+from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.manifests import conform
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES, OUTDOOR_PHOTOS, SEARCH_LOCATIONS
+from graft_pipeline.unfinished import Unfinished
 
 REGION = Region.parse("N42W072")
 
@@ -293,23 +295,40 @@ def test_searches_go_on_from_the_watermark(make_photos: Callable[..., pa.Table])
         photos.search_from(known, "May")
 
 
-def test_every_location_is_searched() -> None:
+def test_every_location_is_searched_once_even_if_the_search_is_interrupted(root: UPath) -> None:
     rows = [{"location_id": i, "lon_deg": float(i), "lat_deg": 42.0, "radius_km": 2.0} for i in range(3)]
+    locations = pa.Table.from_pylist(rows, schema=SEARCH_LOCATIONS.schema)
     start, end = datetime(2020, 1, 1, tzinfo=UTC), datetime(2021, 1, 1, tzinfo=UTC)
     seen: list[tuple[int, int]] = []
+    asked: list[tuple[float, datetime]] = []
+    is_down = True
 
     def search(
         lon: float, lat: float, radius: float, since: datetime, until: datetime
     ) -> list[dict[str, Any]]:
-        assert (lat, radius, since, until) == (42.0, 2.0, start, end)
-        return [{"id": str(lon)}] * 2
+        assert (lat, radius, since) == (42.0, 2.0, start)
+        if is_down and lon == 2.0:
+            raise ServiceError("Flickr is down. Wait.")
+        asked.append((lon, until))
+        return [{"id": str(lon), "title": "Käse\ud800"}] * 2
 
-    locations = pa.Table.from_pylist(rows, schema=SEARCH_LOCATIONS.schema)
-    found = list(
-        photos.search_all(locations, search, start, end, lambda done, total: seen.append((done, total)))
-    )
+    def run(until: datetime, **filters: str) -> list[dict[str, Any]]:
+        def report(done: int, total: int) -> None:
+            seen.append((done, total))
+
+        unfinished = Unfinished(root)
+        return list(photos.search_all(locations, search, start, until, unfinished, filters, report))
+
+    with pytest.raises(ServiceError):
+        run(end)
+    is_down = False
+    found = run(end + timedelta(days=9))
     assert [record["id"] for record in found] == ["0.0", "0.0", "1.0", "1.0", "2.0", "2.0"]
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert {record["title"] for record in found} == {"Käse\ud800"}
+    assert asked == [(0.0, end), (1.0, end), (2.0, end)], "the end of the window is that of the first run"
+    assert seen[-3:] == [(1, 3), (2, 3), (3, 3)]
+    assert len(run(end, license="4")) == 6
+    assert len(asked) == 6, "other filters, another search"
 
 
 def test_eligible_photos_are_ok_stored_and_outdoors(make_photos: Callable[..., pa.Table]) -> None:
