@@ -790,6 +790,10 @@ class Painter:
         """(H, W): which pixels a scene's clouds hide."""
         return self._clouds.mask(axes, scene_key, cloud_pct)
 
+    def shadow_mask(self, axes: Axes, scene_key: int, cloud_pct: float) -> NDArray[np.bool_]:
+        """(H, W): which pixels lie in the shadow of a scene's clouds, whether a cloud hides them or not."""
+        return self._clouds.shadow(axes, scene_key, cloud_pct)
+
 
 class _Grain:
     """The sensor's own noise: one small periodic array, shifted by scene."""
@@ -856,11 +860,16 @@ class Clouds:
             return np.zeros(axes.shape, bool)
         return self._thickness(axes, scene_key) >= self._threshold(cloud_pct)
 
+    def shadow(self, axes: Axes, scene_key: int, cloud_pct: float) -> NDArray[np.bool_]:
+        """(H, W): which pixels lie in a cloud's shadow; none if the percentage is 0."""
+        if cloud_pct <= 0:
+            return np.zeros(axes.shape, bool)
+        return self._thickness(axes, scene_key, dx=-380.0, dy=290.0) >= self._threshold(cloud_pct)
+
     def cover(self, bands: NDArray[np.uint16], axes: Axes, scene_key: int, cloud_pct: float) -> None:
         """Draw clouds and their shadows into (4, H, W) reflectances, in place."""
-        threshold = self._threshold(cloud_pct)
-        shadow = self._thickness(axes, scene_key, dx=-380.0, dy=290.0) >= threshold
-        thickness = self._thickness(axes, scene_key) - threshold
+        shadow = self.shadow(axes, scene_key, cloud_pct)
+        thickness = self._thickness(axes, scene_key) - self._threshold(cloud_pct)
         is_cloud = thickness >= 0
         if shadow.any():
             shadow &= ~is_cloud

@@ -18,8 +18,8 @@ from resources.planet.world import World
 #: Native pixels are drawn in blocks of this side at most, whatever is asked for.
 BLOCK_PX = 1024
 _METRES_PER_DEGREE = 111_320.0
-#: Classes of Sen2Cor's scene classification: high-probability cloud, and vegetation for all clear ground.
-_SCL_CLOUD, _SCL_CLEAR = 9, 4
+#: Classes of Sen2Cor's scene classification: cloud shadow, high-probability cloud, vegetation for clear ground.
+_SCL_SHADOW, _SCL_CLOUD, _SCL_CLEAR = 3, 9, 4
 
 # Drawing is arithmetic: more threads than cores would only take each other's caches.
 _drawing = threading.BoundedSemaphore(max(os.cpu_count() or 1, 2))
@@ -161,7 +161,8 @@ def _draw(
         order = ("R", "G", "B", "N")
     elif bands[0].name == "SCL":
         clouds = world.cloud_mask(grid, scene.key, scene.cloud_pct)
-        drawn = np.where(clouds, _SCL_CLOUD, _SCL_CLEAR).astype(np.uint8)[None]
+        ground = np.where(world.shadow_mask(grid, scene.key, scene.cloud_pct), _SCL_SHADOW, _SCL_CLEAR)
+        drawn = np.where(clouds, _SCL_CLOUD, ground).astype(np.uint8)[None]
         order = ("SCL",)
     else:
         drawn = world.render_sentinel2(grid, scene.started.date(), scene.key, scene.cloud_pct)

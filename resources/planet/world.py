@@ -152,13 +152,24 @@ class World:
         Returns:
             (H, W) bool.
         """
+        return self._sky(grid, lambda axes: self._painter.cloud_mask(axes, scene_key, cloud_pct))
 
-        def paint(zone: int, axes: Axes) -> NDArray[np.bool_]:
-            return self._painter.cloud_mask(axes, scene_key, cloud_pct)[None]
+    def shadow_mask(self, grid: Grid, scene_key: int, cloud_pct: float) -> NDArray[np.bool_]:
+        """Which pixels lie in the shadow of a Sentinel-2 scene's clouds, whether a cloud hides them or not.
 
-        return self._render(grid, SENTINEL2_GSD_M, paint, np.empty((1, grid.height_px, grid.width_px), bool))[
-            0
-        ]
+        Args:
+            grid: in any UTM zone.
+            scene_key: number of the scene.
+            cloud_pct: share of clouded pixels of the whole scene, percent.
+
+        Returns:
+            (H, W) bool.
+        """
+        return self._sky(grid, lambda axes: self._painter.shadow_mask(axes, scene_key, cloud_pct))
+
+    def _sky(self, grid: Grid, mask: Callable[[Axes], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        out = np.empty((1, grid.height_px, grid.width_px), bool)
+        return self._render(grid, SENTINEL2_GSD_M, lambda _, axes: mask(axes)[None], out)[0]
 
     def _render(
         self, grid: Grid, native_m: float, paint: Callable[[int, Axes], NDArray], out: NDArray

@@ -162,6 +162,9 @@ def test_clouds_are_white_and_where_the_mask_says(world):
     assert changed[mask].all()
     # What else changed lies in shadow.
     assert np.all(cloudy[:, ~mask] <= clear[:, ~mask])
+    shadow = world.shadow_mask(grid, 9, 40.0)
+    assert np.array_equal(changed, mask | shadow)
+    assert not world.shadow_mask(grid, 9, 0.0).any()
 
 
 def test_cloud_thresholds_rise_with_less_cloud():
