@@ -256,12 +256,15 @@ class FlickrClient:
                     total, start_s, lon_deg, lat_deg, RESULT_LIMIT,
                 )  # fmt: skip
             pages = math.ceil(min(total, RESULT_LIMIT) / PAGE_SIZE)
+            of_window: set[str] = set()
             for page in itertools.count(2):
-                new = {row["id"]: row for row in rows if row["id"] not in seen}
-                seen.update(new)
-                yield from new.values()
-                # The total is an estimate: after a full page there may be more than it says.
-                is_full = len(rows) >= PAGE_SIZE and bool(new)
+                # The total is an estimate: after a full page, unless it repeats others, there may be more than it says.
+                is_full = len(rows) >= PAGE_SIZE and any(row["id"] not in of_window for row in rows)
+                for row in rows:
+                    of_window.add(row["id"])
+                    if row["id"] not in seen:
+                        seen.add(row["id"])
+                        yield row
                 if not rows or (page > pages and not is_full):
                     break
                 if page > RESULT_LIMIT // PAGE_SIZE:

@@ -41,8 +41,8 @@ def failure(code, message="text"):
 class Uploads:
     """Speaks flickr.photos.search for photos at given seconds, with Flickr's ceiling and its repeats."""
 
-    def __init__(self, reply, seconds):
-        self._reply = reply
+    def __init__(self, reply, seconds, announced=1.0):
+        self._reply, self._announced = reply, announced
         self._photos = [(second, str(number)) for number, second in enumerate(sorted(seconds))]
 
     def __call__(self, request):
@@ -55,7 +55,7 @@ class Uploads:
         rows = [
             {"id": name, "dateupload": str(second)} for second, name in found[offset : offset + PAGE_SIZE]
         ]
-        return self._reply(page(rows, total=str(len(found))))
+        return self._reply(page(rows, total=str(int(self._announced * len(found)))))
 
 
 def test_request_is_what_flickr_documents(scripted, reply):
@@ -115,6 +115,16 @@ def test_large_answers_are_split_by_upload_time(scripted, reply):
         (form["min_upload_date"], form["max_upload_date"]) for form in (r.form for r in server.requests)
     }
     assert len(windows) > 1
+
+
+@pytest.mark.parametrize(("photos", "announced"), [(601, 0.5), (500, 0.3), (750, 1.0), (5200, 0.4)])
+def test_a_total_that_is_too_small_loses_nothing(scripted, reply, photos, announced):
+    """Also where it hides that there are more than Flickr hands out."""
+    second = int(START.timestamp())
+    seconds = [second + 997 * number for number in range(photos)]
+    server = scripted(Uploads(reply, seconds, announced))
+    found = search(client(server.url))
+    assert sorted(int(row["dateupload"]) for row in found) == seconds
 
 
 def test_one_second_beyond_the_ceiling_is_counted(scripted, reply, caplog):
