@@ -4,24 +4,28 @@ How crops are cut is in augment.py; how a training set is put together, in graft
 """
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from isal import isal_zlib
 from numpy.typing import NDArray
 from upath import UPath
 
 from graft_pipeline.chips import decode
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.manifests import is_local
+from graft_pipeline.provenance import fingerprint
 from graft_pipeline.schemas import TRAINING_PAIRS
 from graft_pipeline.shards import read_member
 from training.augment import Crops, central_crops, random_crops
@@ -169,6 +173,7 @@ class Chips:
         side_px: int,
         memory_bytes: int,
         threads: int = 0,
+        cache_folder: Path | None = None,
     ) -> None:
         """Decode all chips if they fit.
 
@@ -179,6 +184,8 @@ class Chips:
             side_px: side to reduce them to.
             memory_bytes: most that they may take; above it, chips are decoded for each batch.
             threads: threads that decode; 0: one per core, at most eight.
+            cache_folder: folder on a local disk that keeps what was decoded, reduced, for the next time; used for
+                chips that do not fit into memory.
 
         Raises:
             DataError: if a chip cannot be read or decoded, or has another size.
@@ -187,7 +194,9 @@ class Chips:
         self.side_px, self.scale = side_px, side_px / chip_px
         self._threads = threads or min(8, os.cpu_count() or 1)
         self.is_in_memory = len(tiles) * side_px * side_px * 3 <= memory_bytes
-        self._all = self._decode(np.arange(len(tiles))) if self.is_in_memory else None
+        is_cached = cache_folder is not None and not self.is_in_memory
+        self._cache = ChipCache(cache_folder, tiles, side_px) if is_cached else None
+        self._all = self._gather(np.arange(len(tiles))) if self.is_in_memory else None
 
     def take(self, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The chips of some tiles.
@@ -201,33 +210,99 @@ class Chips:
         Raises:
             DataError: if a chip cannot be read or decoded, or has another size.
         """
-        return self._decode(tiles) if self._all is None else self._all[tiles]
+        return self._gather(tiles) if self._all is None else self._all[tiles]
 
-    def _decode(self, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _gather(self, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
         out = np.empty((len(tiles), self.side_px, self.side_px, 3), dtype=np.uint8)
 
-        def decode_one(row: int) -> None:
-            tile = tiles[row]
-            shard = self._tiles.shard[tile]
-            offset, size_bytes = int(self._tiles.offset[tile]), int(self._tiles.size_bytes[tile])
-            try:
-                chip = decode(read_member(self._root, shard, offset, size_bytes))
-            except DataError as error:
-                raise DataError(
-                    f"Chip {self._tiles.tile_id[tile]}, at byte {offset} of {shard}: {error} Then start the "
-                    "training again; it goes on at its last checkpoint."
-                ) from error
-            if chip.shape != (self._chip_px, self._chip_px, 3):
-                raise DataError(
-                    f"Chip {self._tiles.tile_id[tile]} in {shard} is {chip.shape}, not {self._chip_px} px: "
-                    "materialise the chips and the training set again."
-                )
-            out[row] = reduce_chips(chip[None], self.side_px)[0]
+        def fill(row: int) -> None:
+            if self._cache is None:
+                out[row] = self._decode(tiles[row])
+            elif not self._cache.get(tiles[row], out[row]):
+                out[row] = self._decode(tiles[row])
+                self._cache.put(tiles[row], out[row])
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="chips") as pool:
             # list() raises the first error of a worker.
-            list(pool.map(decode_one, range(len(tiles))))
+            list(pool.map(fill, range(len(tiles))))
         return out
+
+    def _decode(self, tile: int) -> NDArray[np.uint8]:
+        """A chip from its shard, (side_px, side_px, 3) uint8."""
+        tile_id, shard = self._tiles.tile_id[tile], self._tiles.shard[tile]
+        offset, size_bytes = int(self._tiles.offset[tile]), int(self._tiles.size_bytes[tile])
+        try:
+            chip = decode(read_member(self._root, shard, offset, size_bytes))
+        except DataError as error:
+            raise DataError(
+                f"Chip {tile_id}, at byte {offset} of {shard}: {error} Then start the training again; it goes on "
+                "at its last checkpoint."
+            ) from error
+        if chip.shape != (self._chip_px, self._chip_px, 3):
+            raise DataError(
+                f"Chip {tile_id} in {shard} is {chip.shape}, not {self._chip_px} px: materialise the chips and "
+                "the training set again."
+            )
+        return reduce_chips(chip[None], self.side_px)[0]
+
+
+class ChipCache:
+    """Decoded chips of a split in one sparse file, which all processes of a machine fill and read.
+
+    Inflating is most of what a chip costs, and a later epoch shows the same chips again. Each chip has a checksum,
+    written after it: one that a dying machine left half written is decoded again.
+    """
+
+    def __init__(self, folder: Path, tiles: Tiles, side_px: int) -> None:
+        """Open the cache of these tiles, or make it.
+
+        Args:
+            folder: where it lies.
+            tiles: the tiles; others have another file.
+            side_px: side of their reduced chips.
+        """
+        name = fingerprint(tiles.tile_id, tiles.shard, tiles.offset, tiles.size_bytes, side_px)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._chips = self._open(folder / f"{name}.chips", np.uint8, (len(tiles), side_px, side_px, 3))
+        self._checksums = self._open(folder / f"{name}.checksums", np.uint32, (len(tiles),))
+
+    @staticmethod
+    def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
+        # Growing an empty file takes no space; another process that does the same does no harm.
+        with path.open("ab") as file:
+            file.truncate(max(1, math.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype, mode="r+", shape=shape)
+
+    def get(self, tile: int, out: NDArray[np.uint8]) -> bool:
+        """Copy a chip, if it is there.
+
+        Args:
+            tile: its number.
+            out: (side_px, side_px, 3) uint8, written to.
+
+        Returns:
+            Whether it is there, whole.
+        """
+        expected = int(self._checksums[tile])
+        if not expected:
+            return False
+        out[:] = self._chips[tile]
+        return _checksum(out) == expected
+
+    def put(self, tile: int, chip: NDArray[np.uint8]) -> None:
+        """Keep a chip.
+
+        Args:
+            tile: its number.
+            chip: (side_px, side_px, 3) uint8.
+        """
+        self._chips[tile] = chip
+        self._checksums[tile] = _checksum(chip)
+
+
+def _checksum(chip: NDArray[np.uint8]) -> int:
+    # 0 says that there is no chip.
+    return isal_zlib.crc32(chip) or 1
 
 
 @dataclass(frozen=True, eq=False)

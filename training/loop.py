@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +76,8 @@ class TrainConfig:
             one; None: not compiled.
         chip_memory_gb: reduced chips are kept in memory up to this size; above it they are decoded for each
             batch.
+        chip_cache: folder on a fast local disk that keeps decoded chips that do not fit into memory, 0.6 MB for
+            each of 448 px, so that later epochs read them; None: decoded anew each time.
         decode_threads: threads that decode chips; None: one per core, at most eight.
         prefetch_batches: batches that are prepared ahead of the one in use.
         device: `auto`, `cpu`, `cuda`, `cuda:1` ...
@@ -107,6 +110,7 @@ class TrainConfig:
     grad_checkpointing: bool = False
     compile_backend: str | None = None
     chip_memory_gb: float = 1.0
+    chip_cache: str | None = None
     decode_threads: int | None = None
     prefetch_batches: int = 2
     device: str = "auto"
@@ -146,6 +150,7 @@ COST_FIELDS = (
     "grad_checkpointing",
     "compile_backend",
     "chip_memory_gb",
+    "chip_cache",
     "decode_threads",
     "prefetch_batches",
     "device",
@@ -209,8 +214,8 @@ class TrainResult:
         train_tiles: tiles of the training split.
         train_photos: (tile, photo) pairs of the training split.
         steps: optimizer steps of the whole run.
-        tiles_per_second: tiles of all processes that this call's steps took in, validations left out; None if
-            the run was at its end already.
+        tiles_per_second: tiles of all processes that this call's steps took in; the first step, which starts from
+            nothing, and validations are left out. None without a second step.
         waiting_share: share of that time in which the step waited for its batch.
         seconds: wall time of this call.
         cpu_seconds: CPU time of this process in this call.
@@ -350,13 +355,14 @@ def _run_to_the_end(
     if run is None:
         run = _Run()
         trainer.validate(run)
-    asked = time.perf_counter()
+    first, asked = run.step, time.perf_counter()
     for parts in trainer.batches.stream(run.step, steps, trainer.place_parts, config.prefetch_batches):
         got = time.perf_counter()
         loss, rate = trainer.step(parts, run.step)
-        pace.tiles += trainer.batches.batch_tiles
-        pace.waiting_s += got - asked
-        pace.seconds += time.perf_counter() - asked
+        if run.step > first:
+            pace.tiles += trainer.batches.batch_tiles
+            pace.waiting_s += got - asked
+            pace.seconds += time.perf_counter() - asked
         run.step += 1
         run.history.append({"step": run.step, "loss": loss, "learning_rate": rate})
         validation = None
@@ -495,6 +501,7 @@ class _Trainer:
             side_px=self._side_px,
             memory_bytes=int(self.config.chip_memory_gb * 2**30),
             threads=self.config.decode_threads or 0,
+            cache_folder=Path(self.config.chip_cache) if self.config.chip_cache else None,
         )
 
     def place_parts(self, batch: Batch) -> list[_Placed]:

@@ -180,6 +180,18 @@ def test_chip_memory_gb(toy_world, crowded, run, plain, tmp_path):
             away.rename(shard)
 
 
+def test_chip_cache(toy_world, run, plain, tmp_path):
+    cache = str(tmp_path / "cache")
+    first = run(chip_memory_gb=0.0, chip_cache=cache)
+    shard = toy_world.root / "chips" / "chips-00000.tar"
+    away = shard.rename(shard.with_name("away.tar"))
+    try:
+        second = run(chip_memory_gb=0.0, chip_cache=cache)
+    finally:
+        away.rename(shard)
+    assert first.model_id == second.model_id == plain.model_id
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_decode_threads(count, run, plain):
     names = set()

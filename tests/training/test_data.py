@@ -239,3 +239,20 @@ def test_no_more_batches_are_prepared_than_asked_for(data):
     assert not ahead.acquire(timeout=0.2)
     stream.close()
     assert len(placed) == 3
+
+
+def test_decoded_chips_are_kept_and_damaged_ones_decoded_again(data, tmp_path):
+    tiles = data.split("train")
+    expected = chips_of(data, tiles).take(np.arange(8))
+    options = {"memory_bytes": 0, "cache_folder": tmp_path, "threads": 2}
+    for _ in range(2):
+        np.testing.assert_array_equal(chips_of(data, tiles, **options).take(np.arange(8)), expected)
+    (kept,) = tmp_path.glob("*.chips")
+    with kept.open("r+b") as file:
+        file.seek(3 * 32 * 32 * 3 + 100)
+        file.write(bytes(50))
+    np.testing.assert_array_equal(chips_of(data, tiles, **options).take(np.arange(8)), expected)
+    # Another size, or other tiles, have files of their own.
+    chips_of(data, tiles, **options, side_px=64).take(np.arange(2))
+    chips_of(data, first_tiles(tiles, 5, seed=0), **options).take(np.arange(5))
+    assert len(list(tmp_path.glob("*.chips"))) == 3
