@@ -322,10 +322,13 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Argument(
-            help="eurosat, bigearthnet, bigearthnet43, sat4, sat6, satlas_naip or satlas_sentinel2."
+            help="eurosat, bigearthnet, bigearthnet43, sat4, sat6, naip_osm, naip_osm_single, satlas_naip, "
+            "satlas_sentinel2."
         ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder or file of the dataset, as published.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder or file of the dataset, as published; of naip_osm, the storage root.")
+    ],
     contender: Annotated[
         list[str] | None,
         typer.Option(

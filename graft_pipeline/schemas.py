@@ -70,10 +70,16 @@ _RETRY_ON = _column(
 def _stored_item(what: str, prefix: str = "") -> list[pa.Field]:
     """Columns that locate one member of a tar shard."""
     return [
-        _column(f"{prefix}shard", pa.string(), f"tar shard beside this file that holds the {what}", nullable=True),
-        _column(f"{prefix}offset", pa.int64(), "byte offset of the member's content in the shard", nullable=True),
+        _column(
+            f"{prefix}shard", pa.string(), f"tar shard beside this file that holds the {what}", nullable=True
+        ),
+        _column(
+            f"{prefix}offset", pa.int64(), "byte offset of the member's content in the shard", nullable=True
+        ),
         _column(f"{prefix}size_bytes", pa.int64(), "length of the member's content", nullable=True),
-        _column(f"{prefix}sha256", pa.string(), "SHA-256 of the member's content, hexadecimal", nullable=True),
+        _column(
+            f"{prefix}sha256", pa.string(), "SHA-256 of the member's content, hexadecimal", nullable=True
+        ),
     ]
 
 
@@ -253,8 +259,12 @@ CHIPS = _dataset(
         _column("scene_id", pa.string(), "scene the pixels come from", nullable=True),
         _column("acquired_at_utc", UTC, "when that scene was acquired", nullable=True),
         _column("cloud_pct", pa.float64(), "cloud percentage of that scene", nullable=True),
-        _column("chip_cloud_pct", pa.float64(), "cloud and shadow of the chip, by its mask band", nullable=True),
-        _column("nodata_px", pa.int32(), "pixels without data; of a failed chip the fewest seen", nullable=True),
+        _column(
+            "chip_cloud_pct", pa.float64(), "cloud and shadow of the chip, by its mask band", nullable=True
+        ),
+        _column(
+            "nodata_px", pa.int32(), "pixels without data; of a failed chip the fewest seen", nullable=True
+        ),
         _column("time_difference_days", pa.float64(), "scene minus centre photo, signed", nullable=True),
         _column("scenes_tried", pa.int16(), "how many candidate scenes were requested"),
         *_grid(),
@@ -326,7 +336,9 @@ IMAGERY_FILES = _dataset(
     "imagery_files",
     [
         _column("file", pa.string(), "path within the folder"),
-        _column("signature", pa.string(), "fingerprint of the file's size and time, and of what is said of it"),
+        _column(
+            "signature", pa.string(), "fingerprint of the file's size and time, and of what is said of it"
+        ),
         _STATUS,
         _REASON,
         _column("scene_id", pa.string(), "id of the scene: the path without its extension"),
@@ -350,7 +362,11 @@ ABLATIONS = _dataset(
     [
         _column("variant", pa.string(), "name in graft_pipeline.ablations"),
         _column("seed", pa.int64(), "seed of the training"),
-        _column("run_id", pa.string(), "fingerprint of all that decides the row: it is kept while that is the same"),
+        _column(
+            "run_id",
+            pa.string(),
+            "fingerprint of all that decides the row: it is kept while that is the same",
+        ),
         _column("snapshot", pa.string(), "fingerprint of the training set"),
         _column("train_tiles", pa.int64(), "tiles of its training split"),
         _column("train_pairs", pa.int64(), "(tile, photo) pairs of it"),
@@ -364,6 +380,18 @@ ABLATIONS = _dataset(
     ],
     key=("variant", "seed"),
     partitions=("sensor",),
+)
+
+OSM_LABELS = _dataset(
+    "osm_labels",
+    [
+        _TILE_ID,
+        _column("labels", pa.list_(pa.string()), "classes of osm_classes.json in the footprint, sorted"),
+        _column("shares", pa.list_(pa.float64()), "share of the footprint that each of them covers"),
+        _column("single_label", pa.string(), "the class that covers most of it, if one does", nullable=True),
+    ],
+    key=("tile_id",),
+    partitions=("sensor", "region"),
 )
 
 #: Every dataset that `graft query` opens as a view.

@@ -40,6 +40,8 @@ DATASETS = {
     "bigearthnet43": BenchmarkDataset("sentinel2", "image", "bigearthnet43"),
     "sat4": BenchmarkDataset("naip", "image", "sat4"),
     "sat6": BenchmarkDataset("naip", "image", "sat6"),
+    "naip_osm": BenchmarkDataset("naip", "image", "naip_osm"),
+    "naip_osm_single": BenchmarkDataset("naip", "image", "naip_osm"),
     "satlas_naip": BenchmarkDataset("naip", "pixel", "satlas"),
     "satlas_sentinel2": BenchmarkDataset("sentinel2", "pixel", "satlas"),
 }

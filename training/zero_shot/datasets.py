@@ -1,4 +1,4 @@
-"""Labelled image sets of the paper's Tables 1 and 2, read as they are published: EuroSAT, BigEarthNet, SAT-4, SAT-6.
+"""Labelled image sets of the paper's Tables 1 and 2, as published: EuroSAT, BigEarthNet, SAT-4, SAT-6, NAIP-OSM.
 
 Pixels are decoded when they are asked for. Masks for segmentation are in mask_sets.py; scores in evaluate.py.
 """
@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio.errors import RasterioError
 
-from graft_pipeline.chips import to_uint8
+from graft_pipeline.chips import decode, to_uint8
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.imagery import SENTINEL2
+from graft_pipeline.manifests import partition_folder, read_table
+from graft_pipeline.schemas import CHIPS, OSM_LABELS
+from graft_pipeline.shards import read_member
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +202,71 @@ def read_sat(file: Path, *, split: Literal["test", "train"] = "test") -> ImageSe
     return ImageSet(f"sat{len(classes)}", classes, ids, labels, read, False, skipped)
 
 
+def read_osm_labels(
+    root: Path, *, sensor: str = "naip", is_multi_label: bool = True, crop_px: int = 224
+) -> ImageSet:
+    """NAIP-OSM: tiles of a deployment labelled from OpenStreetMap (paper, appendix C.2), the footprint of each.
+
+    Args:
+        root: storage root in which `osm_labels` was materialised.
+        sensor: whose tiles.
+        is_multi_label: all labels of a footprint, or only footprints that one class dominates.
+        crop_px: side of the footprint in chip pixels.
+
+    Returns:
+        The set, over all regions that have labels.
+
+    Raises:
+        InputError: if no region has labels.
+    """
+    samples: list[tuple[Path, dict[str, Any]]] = []
+    written: list[list[str]] = []
+    skipped: Counter[str] = Counter()
+    for file in sorted(
+        (root / OSM_LABELS.name / f"sensor={sensor}").glob(f"region=*/{OSM_LABELS.name}.parquet")
+    ):
+        folder = partition_folder(root, CHIPS, sensor=sensor, region=file.parent.name.removeprefix("region="))
+        chips = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
+        places = (
+            {}
+            if chips is None
+            else {row["tile_id"]: row for row in chips.to_pylist() if row["status"] == "ok"}
+        )
+        labels = read_table(file, OSM_LABELS)
+        for row in [] if labels is None else labels.to_pylist():
+            own = row["labels"] if is_multi_label else [name for name in [row["single_label"]] if name]
+            if not own:
+                skipped["no label" if is_multi_label else "no class dominates"] += 1
+            elif row["tile_id"] not in places:
+                skipped["no chip"] += 1
+            else:
+                samples.append((folder, places[row["tile_id"]]))
+                written.append(own)
+    if not samples:
+        raise InputError(
+            f"{root} has no labelled tiles of {sensor}: download an OpenStreetMap extract "
+            "(https://download.geofabrik.de), name it as GRAFT_OSM_FILE, materialise osm_labels, and give the storage "
+            "root."
+        )
+    classes = tuple(sorted({name for own in written for name in own}))
+
+    def read(number: int) -> NDArray[np.uint8]:
+        folder, row = samples[number]
+        chip = decode(read_member(folder, row["shard"], row["offset"], row["size_bytes"]))
+        margin = (len(chip) - crop_px) // 2
+        return chip[margin : margin + crop_px, margin : margin + crop_px]
+
+    return ImageSet(
+        "naip_osm" if is_multi_label else "naip_osm_single",
+        classes,
+        tuple(row["tile_id"] for _, row in samples),
+        np.array([[name in own for name in classes] for own in written]),
+        read,
+        is_multi_label,
+        dict(skipped),
+    )
+
+
 #: Readers by the name of the set, as `graft evaluate` takes it.
 READERS: dict[str, Callable[[Path], ImageSet]] = {
     "eurosat": read_eurosat,
@@ -206,6 +274,8 @@ READERS: dict[str, Callable[[Path], ImageSet]] = {
     "bigearthnet43": lambda folder: read_bigearthnet(folder, classes=43),
     "sat4": read_sat,
     "sat6": read_sat,
+    "naip_osm": read_osm_labels,
+    "naip_osm_single": lambda root: read_osm_labels(root, is_multi_label=False),
 }
 
 

@@ -10,6 +10,10 @@ from importlib import resources
 from pathlib import Path
 
 from graft_pipeline.errors import InputError
+from graft_pipeline.osm_labels import osm_classes
+
+#: Of sets that are words alone.
+_TEMPLATES = ("a photo of {}", "{}", "a view of {}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class PromptSet:
         Raises:
             InputError: if there is no word.
         """
-        return cls({word: (word,) for word in words}, ("a photo of {}", "{}", "a view of {}"))
+        return cls({word: (word,) for word in words}, _TEMPLATES)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,8 +79,8 @@ def load_prompts(name: str | Path) -> PromptSet:
     """Read a prompt set.
 
     Args:
-        name: `planet`, `eurosat`, `bigearthnet` ..., a file in prompt_sets/; or a JSON file with `templates`
-            (list) and `classes` (name to list of words).
+        name: `planet`, `eurosat` ..., a file in prompt_sets/; `naip_osm`, the words of osm_classes.json; or a JSON
+            file with `templates` (list) and `classes` (name to list of words).
 
     Returns:
         The set.
@@ -84,6 +88,8 @@ def load_prompts(name: str | Path) -> PromptSet:
     Raises:
         InputError: if there is no such set, or it is malformed.
     """
+    if name == "naip_osm":
+        return PromptSet({of.name: of.words for of in osm_classes()}, _TEMPLATES)
     builtin = resources.files(__package__) / "prompt_sets"
     source = Path(name) if str(name).endswith(".json") else builtin / f"{name}.json"
     try:
