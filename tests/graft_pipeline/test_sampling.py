@@ -20,6 +20,11 @@ from graft_pipeline.schemas import SEARCH_LOCATIONS, TILES
 
 REGION = Region.parse("N42.25W071.75", 0.25)
 SENSORS = st.sampled_from([NAIP, SENTINEL2])
+MODES = st.sampled_from(["non_overlapping", "random", "per_quarter"])
+#: Of each kind that a grid has: small, at the equator, the farthest north and south, on the antimeridian.
+REGIONS = st.sampled_from(
+    [REGION, *map(Region.parse, ["N00E005", "N83E015", "S80W061", "S17E179", "S17W180", "N66W180"])]
+)
 
 # Coordinates on a coarse lattice, so that points at exactly the spacing are common.
 LATTICE = st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), max_size=120)
@@ -68,6 +73,9 @@ def crowd(seed: int, count: int, region: Region = REGION, spread_deg: float = 0.
     spots = generator.uniform([west, south], [east, north], size=(3, 2))
     places = spots[generator.integers(0, 3, count)] + generator.normal(scale=spread_deg, size=(count, 2))
     places = places[region.contains(places[:, 0], places[:, 1])]
+    # Some right on the borders, and bursts on one spot.
+    places[::9] = np.clip(np.round(places[::9], 1), [west, south], np.nextafter([east, north], 0))
+    places[1::7] = places[: len(places[1::7])]
     hours = generator.permutation(len(places))
     start = datetime(2018, 1, 1, tzinfo=UTC)
     return [
@@ -92,27 +100,32 @@ def xy(tiles: pa.Table) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64
     return tiles["center_x_m"].to_numpy(), tiles["center_y_m"].to_numpy()
 
 
-@given(seed=st.integers(0, 2**31), sensor=SENSORS)
-def test_tiles_keep_their_distance_and_cover_every_inner_photo(
-    make_photos: Callable[..., pa.Table], seed: int, sensor: Sensor
-) -> None:
-    photos = make_photos(crowd(seed, 80))
-    tiles = sampling.sample_tiles(photos, REGION, sensor, None)
-    assert conform(tiles, TILES).equals(tiles)
-    x, y = xy(tiles)
-    assert smallest_distance(x, y) >= sensor.spacing_m
+def uncovered(photos: pa.Table, tiles: pa.Table, region: Region, sensor: Sensor) -> int:
+    """Photos far enough from the border to be centres that no centre covers."""
     lon, lat = photos["lon_deg"].to_numpy(), photos["lat_deg"].to_numpy()
-    inner = REGION.holds_squares(lon, lat, sensor.spacing_m / 2 * (1 + sampling.BORDER_HAIR))
-    px, py = REGION.projection.forward(lon[inner], lat[inner])
+    inner = region.holds_squares(lon, lat, sensor.spacing_m / 2 * (1 + sampling.BORDER_HAIR))
+    px, py = region.projection.forward(lon[inner], lat[inner])
+    x, y = xy(tiles)
     near = (np.abs(px[:, None] - x) < sensor.spacing_m) & (np.abs(py[:, None] - y) < sensor.spacing_m)
-    assert near.any(axis=1).all()
+    return int((~near.any(axis=1)).sum())
+
+
+@given(seed=st.integers(0, 2**31), sensor=SENSORS, region=REGIONS)
+def test_tiles_keep_their_distance_and_cover_every_inner_photo(
+    make_photos: Callable[..., pa.Table], seed: int, sensor: Sensor, region: Region
+) -> None:
+    photos = make_photos(crowd(seed, 80, region))
+    tiles = sampling.sample_tiles(photos, region, sensor, None)
+    assert conform(tiles, TILES).equals(tiles)
+    assert smallest_distance(*xy(tiles)) >= sensor.spacing_m
+    assert uncovered(photos, tiles, region, sensor) == 0
     for tile in tiles.to_pylist():
-        grid = Grid.snapped(REGION.epsg, tile["center_x_m"], tile["center_y_m"], sensor.gsd_m, sensor.chip_px)
+        grid = Grid.snapped(region.epsg, tile["center_x_m"], tile["center_y_m"], sensor.gsd_m, sensor.chip_px)
         assert (grid.x0_m, grid.y0_m) == (tile["x0_m"], tile["y0_m"])
         assert tile["tile_id"] == f"{sensor.name}-{tile['center_photo_id']}"
 
 
-@given(seed=st.integers(0, 2**31), mode=st.sampled_from(["non_overlapping", "random", "per_quarter"]))
+@given(seed=st.integers(0, 2**31), mode=MODES)
 def test_sampling_ignores_row_order_and_repeats_itself(
     make_photos: Callable[..., pa.Table], seed: int, mode: Any
 ) -> None:
@@ -125,7 +138,7 @@ def test_sampling_ignores_row_order_and_repeats_itself(
 @given(
     seed=st.integers(0, 2**31),
     share=st.floats(0, 1),
-    mode=st.sampled_from(["non_overlapping", "random", "per_quarter"]),
+    mode=MODES,
 )
 def test_whatever_arrives_later_moves_no_tile(
     make_photos: Callable[..., pa.Table], seed: int, share: float, mode: Any
@@ -141,7 +154,70 @@ def test_whatever_arrives_later_moves_no_tile(
         assert smallest_distance(*xy(after)) >= SENTINEL2.spacing_m
 
 
-#: Two regions that meet at a meridian within a zone, between zones, at a parallel, at the equator, at a corner.
+@given(seed=st.integers(0, 2**31), visits=st.integers(1, 6), mode=MODES, region=REGIONS)
+def test_photos_that_trickle_in_by_any_order_are_covered_in_the_end(
+    make_photos: Callable[..., pa.Table], seed: int, visits: int, mode: Any, region: Region
+) -> None:
+    rows = crowd(seed, 60, region)
+    arrival = np.random.default_rng([seed, 1]).integers(0, visits, len(rows)).tolist()
+    tiles = None
+    for visit in range(visits):
+        here = make_photos([row for row, at in zip(rows, arrival, strict=True) if at <= visit])
+        grown = sampling.sample_tiles(here, region, NAIP, tiles, mode, seed=seed)
+        assert tiles is None or grown.slice(0, tiles.num_rows).equals(tiles)
+        assert len(set(grown["tile_id"].to_pylist())) == grown.num_rows
+        tiles = grown
+    assert tiles is not None
+    if mode != "random":
+        assert uncovered(make_photos(rows), tiles, region, NAIP) == 0
+    if mode == "non_overlapping":
+        assert smallest_distance(*xy(tiles)) >= NAIP.spacing_m
+
+
+@given(seed=st.integers(0, 2**31), sensor=SENSORS, region=REGIONS)
+def test_each_quarter_is_a_sampling_of_its_own(
+    make_photos: Callable[..., pa.Table], seed: int, sensor: Sensor, region: Region
+) -> None:
+    rows = crowd(seed, 60, region)
+
+    def quarter(row: dict[str, Any]) -> tuple[int, int]:
+        return row["taken_at_local"].year, (row["taken_at_local"].month - 1) // 3
+
+    together = sampling.sample_tiles(make_photos(rows), region, sensor, None, "per_quarter")
+    apart = [
+        sampling.sample_tiles(make_photos([row for row in rows if quarter(row) == one]), region, sensor, None)
+        for one in sorted({quarter(row) for row in rows})
+    ]
+    assert set(together["tile_id"].to_pylist()) == {
+        i for tiles in apart for i in tiles["tile_id"].to_pylist()
+    }
+    assert together.num_rows == sum(tiles.num_rows for tiles in apart)
+
+
+@given(seed=st.integers(0, 2**31), region=REGIONS)
+def test_random_centers_are_as_many_and_keep_off_the_border(
+    make_photos: Callable[..., pa.Table], seed: int, region: Region
+) -> None:
+    photos = make_photos(crowd(seed, 60, region))
+    drawn = sampling.sample_tiles(photos, region, SENTINEL2, None, "random", seed=seed)
+    assert drawn.num_rows == sampling.sample_tiles(photos, region, SENTINEL2, None).num_rows
+    assert region.holds_squares(
+        drawn["center_lon_deg"], drawn["center_lat_deg"], SENTINEL2.spacing_m / 2
+    ).all()
+
+
+@given(seed=st.integers(0, 2**31), mode=MODES)
+def test_what_lies_in_other_regions_does_not_matter(
+    make_photos: Callable[..., pa.Table], seed: int, mode: Any
+) -> None:
+    one, other = Region.parse("N42W073"), Region.parse("N42W072")
+    own, foreign = crowd(seed, 40, one), crowd(seed + 1, 40, other)
+    alone = sampling.sample_tiles(make_photos(own), one, NAIP, None, mode)
+    assert sampling.sample_tiles(make_photos([*foreign, *own]), one, NAIP, None, mode).equals(alone)
+
+
+#: Regions that meet at a meridian within a zone, between zones, at a parallel, at the equator, at a corner, at the
+#: antimeridian.
 NEIGHBOURS = [
     ("N42W072", "N42W071"),
     ("N42W073", "N42W072"),
@@ -152,38 +228,47 @@ NEIGHBOURS = [
     ("N00E011", "N00E012"),
     ("N59E011", "N60E012"),
     ("S35E149", "S35E150"),
+    ("N42W073", "N42W072", "N43W073", "N43W072"),
+    ("S17E179", "S17W180"),
+    ("N66E179", "N66W180", "N67E179", "N67W180"),
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), NEIGHBOURS)
+@pytest.mark.parametrize("keys", NEIGHBOURS, ids="-".join)
 @given(seed=st.integers(0, 2**31), sensor=SENSORS)
-def test_tiles_of_two_regions_keep_their_distance_in_both_grids(
-    make_photos: Callable[..., pa.Table], one: str, other: str, seed: int, sensor: Sensor
+def test_tiles_of_neighbours_keep_their_distance_in_every_grid(
+    make_photos: Callable[..., pa.Table], keys: tuple[str, ...], seed: int, sensor: Sensor
 ) -> None:
-    regions = Region.parse(one), Region.parse(other)
-    shared = shapely.intersection(regions[0].polygon, regions[1].polygon)
+    regions = [Region.parse(key) for key in keys]
     generator = np.random.default_rng(seed)
-    west, south, east, north = shared.bounds
+    # On a globe cut elsewhere, regions on the antimeridian touch too.
+    boxes = np.array([region.bounds for region in regions])
+    if boxes[:, 2].max() == 180.0:
+        boxes[boxes[:, 0] < 0] += [360.0, 0.0, 360.0, 0.0]
+    west, south, east, north = shapely.intersection_all([shapely.box(*box) for box in boxes]).bounds
     reach = 1.2 * sensor.spacing_m / 111_000
     # A stretch of the common border not longer than a few spacings, photos close to it on either side.
     middle = np.array([generator.uniform(west, east), generator.uniform(south, north)])
     middle = np.where(generator.random() < 0.3, [west, south], middle)
     stretch = np.array([1 / np.cos(np.radians(middle[1])), 1.0]) * reach
     places = middle + generator.uniform(-1, 1, size=(300, 2)) * stretch
-    tables = []
+    places[:, 0] = (places[:, 0] + 180.0) % 360.0 - 180.0
+    centers = []
     for region in regions:
         own = places[region.contains(places[:, 0], places[:, 1])]
         rows = [
             {"lon_deg": lon, "lat_deg": lat, "photo_id": f"{n}"} for n, (lon, lat) in enumerate(own.tolist())
         ]
-        tables.append(sampling.sample_tiles(make_photos(rows), region, sensor, None))
+        tiles = sampling.sample_tiles(make_photos(rows), region, sensor, None)
+        centers.append(np.stack([tiles["center_lon_deg"].to_numpy(), tiles["center_lat_deg"].to_numpy()]))
+    lon, lat = np.concatenate(centers, axis=1)
     for region in regions:
-        # In either grid, also where the other region lies beyond its zone; a micrometre for rounding.
-        (x, y), (other_x, other_y) = (
-            region.projection.forward(table["center_lon_deg"].to_numpy(), table["center_lat_deg"].to_numpy())
-            for table in tables
-        )
-        distance = np.maximum(np.abs(x[:, None] - other_x), np.abs(y[:, None] - other_y))
+        # In each grid, also where the other region lies beyond its zone; a micrometre for rounding.
+        x, y = region.projection.forward(lon, lat)
+        owner = np.repeat(np.arange(len(regions)), [part.shape[1] for part in centers])
+        distance = np.maximum(np.abs(x[:, None] - x), np.abs(y[:, None] - y))
+        # Centres of one region are apart in its own grid; another zone's differs from it by a hair.
+        distance[owner[:, None] == owner] = np.inf
         assert distance.min(initial=np.inf) >= sensor.spacing_m - 1e-6
 
 
