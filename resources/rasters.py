@@ -73,7 +73,8 @@ def read_header(path: Path) -> Header:
             crs, affine, size = file.crs, file.transform, (file.width, file.height)
             dtypes, descriptions, tags = file.dtypes, file.descriptions, file.tags()
     except RasterioIOError as error:
-        raise InputError(f"Cannot read {path} as a raster: {error}. Give a GeoTIFF.") from error
+        problem = str(error).rstrip(".")
+        raise InputError(f"Cannot read {path} as a raster: {problem}. Give a GeoTIFF.") from error
     try:
         epsg = crs.to_epsg() if crs else None
     except CRSError:
