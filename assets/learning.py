@@ -81,9 +81,13 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             changed=made.is_new,
             picture=picture,
             findings=[rules.split_disjointness(tiles, table)],
+            version=made.fingerprint,
             fingerprint=made.fingerprint,
+            regions=len(made.regions),
             tiles=made.tiles,
             photos=made.photos,
+            guard_pairs=made.guard_pairs,
+            unembedded_pairs=made.unembedded_pairs,
             **{f"pairs/{split}": count for split, count in made.pairs_by_split.items()},
         )
 

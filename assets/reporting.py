@@ -88,6 +88,7 @@ def report_table(
     changed: bool,
     findings: Sequence[Finding] = (),
     picture: bytes | None = None,
+    version: str | None = None,
     **extra: Any,
 ) -> dg.MaterializeResult:
     """The result of an asset that wrote one partition of a dataset.
@@ -98,6 +99,7 @@ def report_table(
         changed: whether any byte changed.
         findings: domain rules that were checked; the schema is always checked.
         picture: PNG or JPEG preview.
+        version: fingerprint of the content where it is known already; None: of the table.
         **extra: more metadata.
 
     Returns:
@@ -114,5 +116,5 @@ def report_table(
     return dg.MaterializeResult(
         metadata=metadata,
         check_results=[check_result(finding) for finding in (rules.schema(dataset, table), *findings)],
-        data_version=dg.DataVersion(fingerprint(table)),
+        data_version=dg.DataVersion(version or fingerprint(table)),
     )
