@@ -1,9 +1,12 @@
+import io
 import json
 import logging
 import subprocess
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -207,6 +210,49 @@ def test_passing_trouble_is_retried(scripted, script, reply, bad):
     assert script.seen.count("pixels") == 2
 
 
+BY_CHIP = replace(SENTINEL2, cloud_rule="chip", raw_bands=("B8",))
+
+
+def npy(names=("B4", "B3", "B2", "B8", "SCL"), grid=GRID, dtypes=("u2", "u2", "u2", "u2", "u1")):
+    table = np.empty((grid.height_px, grid.width_px), list(zip(names, dtypes, strict=True)))
+    for number, name in enumerate(names):
+        table[name] = np.arange(table.size).reshape(table.shape) % 200 + number
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    return buffer.getvalue()
+
+
+def test_mask_and_raw_bands_come_with_the_chip_in_one_request(scripted, script, reply):
+    script.always("pixels", reply(npy()))
+    server = scripted(script)
+    chip = engine(server.url).get_chip(BY_CHIP, SCENE, GRID)
+    request = json.loads(server.requests[-1].body)
+    assert (request["fileFormat"], request["bandIds"]) == ("NPY", ["B4", "B3", "B2", "B8", "SCL"])
+    assert script.seen.count("pixels") == 1
+    assert (chip.dtype, chip.shape) == (np.uint16, (24, 32, 5))
+    assert np.array_equal(chip[0, 0], [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"<html>busy</html>", "invalid_pixels"),
+        (npy()[:-1], "truncated"),
+        (npy()[:20], "truncated"),
+        (npy(("B4", "B3", "B2", "B8", "QA60")), "invalid_pixels"),
+        (npy(grid=Grid(32619, 0, 0, 1, 24, 32)), "invalid_pixels"),
+        (geotiff(bands=5), "invalid_pixels"),
+    ],
+)
+def test_other_bands_than_those_asked_for_are_retried(scripted, script, reply, bad, reason):
+    script.on("pixels", reply(bad), reply(npy()))
+    assert engine(scripted(script).url).get_chip(BY_CHIP, SCENE, GRID).shape == (24, 32, 5)
+    script.always("pixels", reply(bad))
+    with pytest.raises(ItemError) as caught:
+        engine(scripted(script).url).get_chip(BY_CHIP, SCENE, GRID)
+    assert (caught.value.reason, caught.value.is_permanent) == (reason, False)
+
+
 def test_silent_service_is_asked_again(scripted, script, reply):
     script.on("pixels", reply(hangs=True))
     chip = engine(scripted(script).url, attempts=20, timeout_s=0.3).get_chip(NAIP, SCENE, GRID)
@@ -347,6 +393,15 @@ def test_listing_asks_for_a_half_open_window_of_start_times(scripted, script):
     assert request.query["fields"] == (
         "assets(id,startTime,endTime,geometry,bands(id,grid),properties/CLOUDY_PIXEL_PERCENTAGE),nextPageToken"
     )
+
+
+@pytest.mark.parametrize(("limit", "term"), [(None, ""), (60.0, "properties.CLOUDY_PIXEL_PERCENTAGE < 60.0")])
+def test_under_the_rule_by_chip_cloudy_scenes_are_listed(scripted, script, limit, term):
+    server = scripted(script)
+    engine(server.url).list_scenes(replace(BY_CHIP, max_scene_cloud_pct=limit), BOX)
+    query = server.requests[-1].query
+    assert query["filter"].partition(")")[2].removeprefix(" AND ") == term
+    assert "properties/CLOUDY_PIXEL_PERCENTAGE" in query["fields"]
 
 
 def test_listing_starts_with_the_sensors_first_date(scripted, script):
@@ -718,3 +773,32 @@ def test_calm_planet_is_asked_once_per_chip(make_planet):
     assert stats["get_pixels"] == 20
     assert stats["discovery"] + stats["algorithms"] + stats["list_assets"] == 4
     assert earth_engine.requests == 24
+
+
+def chips_at_once(earth_engine, count, threads=40):
+    """Ask for chips from many more threads than may be in flight."""
+    item = earth_engine.list_scenes(NAIP, PLANET_BOX)[0]
+    grid = grid_inside(item, 1.0, 16)
+    with ThreadPoolExecutor(threads) as pool:
+        grids = [Grid(grid.epsg, grid.x0_m + number, grid.y0_m, 1.0, 16, 16) for number in range(count)]
+        return list(pool.map(lambda where: earth_engine.get_chip(NAIP, item["id"], where), grids))
+
+
+def test_never_more_requests_are_in_flight_than_allowed(make_planet):
+    planet = make_planet(seed=0, latency_ms=50)
+    chips_at_once(planet_engine(planet.url, concurrency=6), 60)
+    assert 4 <= planet.stats()["max_in_flight"] <= 6
+
+
+@pytest.mark.parametrize(("pace", "is_throttled"), [(15, False), (10**6, True)])
+def test_never_more_requests_a_second_are_made_than_allowed(make_planet, pace, is_throttled):
+    planet = make_planet(seed=0, quota=20)
+    earth_engine = planet_engine(planet.url, concurrency=40, requests_per_second=pace, attempts=100)
+    assert len(chips_at_once(earth_engine, 45)) == 45
+    assert (planet.stats()["throttled"] > 0) == is_throttled
+
+
+def test_the_limits_are_earth_engines_own_unless_set():
+    settings = Settings(world="planet", ee_project="test-project")
+    assert (settings.ee_concurrency, settings.ee_requests_per_second) == (40, 100)
+    assert EarthEngine.from_settings(settings).concurrency == 40
