@@ -28,20 +28,20 @@ class SensorSettings(BaseModel, extra="forbid"):
     collection: str | None = None
     bands: tuple[str, str, str] | None = None
     gsd_m: float | None = None
-    chip_px: int = 448
-    crop_px: int = 224
-    display_range: tuple[float, float] | None = None
-    scene_choice: Literal["newest", "closest"] = "newest"
-    cloud_property: str | None = None
-    max_cloud_pct: float | None = None
-    cloud_rule: Literal["scene", "chip"] = "scene"
-    mask_band: str | None = None
-    cloud_classes: tuple[int, ...] = ()
-    max_scene_cloud_pct: float | None = None
-    raw_bands: tuple[str, ...] = ()
-    listed_from: str = "2015-01-01"
-    token_url: str | None = None
-    offset: int = 0
+    chip_px: int = Sensor.chip_px
+    crop_px: int = Sensor.crop_px
+    display_range: tuple[float, float] | None = Sensor.display_range
+    scene_choice: Literal["newest", "closest"] = Sensor.scene_choice
+    cloud_property: str | None = Sensor.cloud_property
+    max_cloud_pct: float | None = Sensor.max_cloud_pct
+    cloud_rule: Literal["scene", "chip"] = Sensor.cloud_rule
+    mask_band: str | None = Sensor.mask_band
+    cloud_classes: tuple[int, ...] = Sensor.cloud_classes
+    max_scene_cloud_pct: float | None = Sensor.max_scene_cloud_pct
+    raw_bands: tuple[str, ...] = Sensor.raw_bands
+    listed_from: str = Sensor.listed_from
+    token_url: str | None = Sensor.token_url
+    offset: int = Sensor.offset
 
     def record(self, standard: dict[str, Sensor]) -> Sensor:
         """The sensor's record.
@@ -161,7 +161,8 @@ class Settings(BaseSettings):
     #: open_clip architecture and pretrained tag (or a checkpoint file); or `local-dir:/folder` as architecture.
     foundation_architecture: str = "ViT-B-16"
     foundation_pretrained: str | None = "openai"
-    #: `zero_shot` on the cached foundation embeddings, or `checkpoint`: ResNet-18 weights in scene_checkpoint.
+    #: `zero_shot` on the cached foundation embeddings, or `checkpoint`: ResNet-18 weights in scene_checkpoint, on the
+    #: planet by default those of its asset torchvision/scene_classifier.
     scene_classifier: Literal["zero_shot", "checkpoint"] = "zero_shot"
     scene_checkpoint: Path | None = None
     outdoor_threshold: float = Field(0.5, ge=0, le=1)
@@ -175,6 +176,12 @@ class Settings(BaseSettings):
     kubernetes: KubernetesSettings = KubernetesSettings()
     #: West, south, east, north of ground that is only evaluated on; on the planet.
     benchmark_bounds: tuple[float, float, float, float] = (-71.0, 43.0, -70.0, 43.75)
+
+    # --- evaluation ---
+    #: OpenStreetMap extract (.osm.pbf, .osm, or JSON of Overpass) that tiles are labelled from, for NAIP-OSM.
+    osm_file: Path | None = None
+    #: Where published datasets lie, by name: `{"eurosat": "/data/EuroSAT"}`; each becomes an asset of `evaluation`.
+    evaluation_data: dict[str, Path] = Field(default_factory=dict)
 
     # --- pairs ---
     sensors: tuple[SensorSettings, ...] = ()
@@ -227,6 +234,11 @@ class Settings(BaseSettings):
     def training_recipe(self) -> str:
         """Name of the recipe that training assets use (training/recipes.py)."""
         return self.recipe or ("planet" if self.is_planet else "paper")
+
+    @property
+    def uses_planet_scenes(self) -> bool:
+        """Whether photos are scored by the ResNet-18 that the planet trains as an asset."""
+        return self.is_planet and self.scene_classifier == "checkpoint" and self.scene_checkpoint is None
 
     @cached_property
     def sensor_records(self) -> dict[str, Sensor]:

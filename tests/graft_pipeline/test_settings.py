@@ -1,11 +1,15 @@
 """Settings come from the environment, errors say what to do, secrets stay secret."""
 
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graft_pipeline.errors import SettingsError
-from graft_pipeline.settings import Settings, load_settings
+from assets.external import build_external_assets
+from graft_pipeline.errors import InputError, SettingsError
+from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
+from graft_pipeline.settings import SensorSettings, Settings, load_settings
 
 
 def test_without_keys_the_planet_answers() -> None:
@@ -59,6 +63,59 @@ def test_a_sensor_of_ones_own_replaces_the_standard_ones(monkeypatch: pytest.Mon
     )
     (sensor,) = load_settings().sensor_records.values()
     assert (sensor.name, sensor.chip_m, sensor.spacing_m) == ("naip5m", 2240.0, 560.0)
+
+
+def test_a_standard_sensor_may_be_changed_in_a_few_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "GRAFT_SENSORS",
+        '[{"name": "naip"}, {"name": "sentinel2", "cloud_rule": "chip", "raw_bands": ["B8"]}]',
+    )
+    naip, sentinel2 = load_settings().sensor_records.values()
+    assert naip == NAIP
+    assert sentinel2 == replace(SENTINEL2, cloud_rule="chip", raw_bands=("B8",))
+    assert sentinel2.requested_bands == ("B4", "B3", "B2", "B8", "SCL")
+    assert {field.name for field in fields(Sensor)} == set(SensorSettings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("sensor", "message"),
+    [
+        ({"name": "mine", "gsd_m": 1.0}, "collection, bands"),
+        ({"name": "naip", "cloud_rule": "chip"}, "mask_band and max_cloud_pct"),
+        ({"name": "naip", "max_cloud_pct": 1.0}, "cloud_property and max_cloud_pct together"),
+        ({"name": "sentinel2", "raw_bands": ["B8", "B8"]}, "twice"),
+        (
+            {"name": "sentinel2", "cloud_rule": "chip", "cloud_property": None, "max_scene_cloud_pct": 50.0},
+            "needs cloud_property",
+        ),
+    ],
+)
+def test_sensors_that_cannot_be_are_named(sensor: dict[str, Any], message: str) -> None:
+    settings = Settings(_env_file=None, sensors=[sensor])
+    with pytest.raises(InputError, match=f"'{sensor['name']}'.*{message}"):
+        _ = settings.sensor_records
+
+
+def test_a_sensors_unknown_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_SENSORS", '[{"name": "naip", "rawbands": ["N"]}]')
+    with pytest.raises(SettingsError, match="RAWBANDS"):
+        load_settings()
+
+
+@pytest.mark.parametrize("source", ["stac", "folder"])
+def test_other_sources_have_sensors_of_their_own_and_need_no_earth_engine(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    for name, value in (("IMAGERY", source), ("FLICKR_KEY", "k"), ("FLICKR_SECRET", "s")):
+        monkeypatch.setenv(f"GRAFT_{name}", value)
+    settings = load_settings()
+    assert not settings.is_planet
+    assert list(settings.sensor_records) == ["naip", "sentinel2"]
+    assert settings.sensor_records["naip"].collection == "naip"
+    keys = {spec.key.to_user_string() for spec in build_external_assets(settings)}
+    kind = {"stac": "stac", "folder": "geotiff"}[source]
+    sentinel2 = {"stac": "sentinel_2_l2a", "folder": "sentinel2"}[source]
+    assert keys >= {f"{kind}/naip", f"{kind}/{sentinel2}"}
 
 
 def test_settings_can_be_copied_with_other_endpoints() -> None:
