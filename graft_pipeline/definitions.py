@@ -10,6 +10,7 @@ import dagster as dg
 
 from assets.ablations import build_ablations
 from assets.areas import regions
+from assets.evaluation import build_evaluation_assets
 from assets.external import build_external_assets
 from assets.ground import (
     flickr_photos,
@@ -19,11 +20,12 @@ from assets.ground import (
     search_locations,
 )
 from assets.learning import build_learning_assets
-from assets.outdoor import outdoor_scores, planet_scene_classifier
+from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_planet_scenes
 from assets.planet import build_planet_assets, planet_foundation
 from assets.sensors import build_sensor_assets
 from graft_pipeline.automation import build_jobs
 from graft_pipeline.imagery import ImagerySource
+from graft_pipeline.errors import SettingsError
 from graft_pipeline.progress import LogProgress
 from graft_pipeline.settings import Settings, load_settings
 from resources.flickr import FlickrClient
@@ -92,9 +94,10 @@ def foundation(context: dg.InitResourceContext) -> FoundationModel:
 def scene_classifier(context: dg.InitResourceContext) -> SceneClassifier:
     """The scene classifier in the form that the settings choose; the planet has a checkpoint of its own."""
     settings = context.resources.world
+    if settings.uses_planet_scenes:
+        return SceneClassifier.checkpoint(planet_checkpoint(context.resources.storage.models_folder))
     if settings.scene_classifier == "checkpoint":
-        own = planet_checkpoint(context.resources.storage.models_folder) if settings.is_planet else None
-        return SceneClassifier.checkpoint(settings.scene_checkpoint or own)
+        return SceneClassifier.checkpoint(settings.scene_checkpoint)
     return SceneClassifier.zero_shot(context.resources.foundation)
 
 
@@ -114,6 +117,9 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
 
     Returns:
         The definitions.
+
+    Raises:
+        SettingsError: if an override names no resource.
     """
     settings = settings or load_settings()
     sensors = list(settings.sensor_records.values())
@@ -125,13 +131,14 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         flickr_photos,
         ground_images_asset,
         ground_embeddings,
-        outdoor_photos,
+        scored_by_planet_scenes(outdoor_photos) if settings.uses_planet_scenes else outdoor_photos,
         *build_external_assets(settings),
     ]
     for sensor in sensors:
         assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
         if has_truth:
             assets += [*build_planet_assets(sensor), build_ablations(sensor)]
+    assets += build_evaluation_assets(settings)
     if settings.is_planet:
         assets += [planet_foundation, planet_scene_classifier, outdoor_scores]
     resources = {
@@ -144,6 +151,8 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         "scene_classifier": scene_classifier,
         "progress": progress,
     }
+    if unknown := set(overrides) - set(resources):
+        raise SettingsError(f"No resource {', '.join(sorted(unknown))}: override {', '.join(resources)}.")
     return dg.Definitions(
         assets=assets,
         jobs=build_jobs([sensor.name for sensor in sensors], has_scores=has_truth),

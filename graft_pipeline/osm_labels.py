@@ -6,6 +6,7 @@ of the training path reads these labels.
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -148,3 +149,15 @@ def label_tiles(
         if progress:
             progress(number + 1, tiles.num_rows)
     return pa.Table.from_pylist(rows, schema=OSM_LABELS.schema).sort_by("tile_id")
+
+
+def count_labels(table: pa.Table) -> dict[str, int]:
+    """Tiles of each class.
+
+    Args:
+        table: OSM_LABELS rows.
+
+    Returns:
+        Class to number of tiles, most frequent first.
+    """
+    return dict(Counter(name for labels in table["labels"].to_pylist() for name in labels).most_common())

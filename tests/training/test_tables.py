@@ -8,7 +8,8 @@ from upath import UPath
 
 from graft_pipeline.cli import app
 from graft_pipeline.errors import DataError, InputError
-from training.zero_shot.benchmarks import DATASETS, evaluate_dataset
+from training.zero_shot.benchmarks import evaluate_dataset
+from training.zero_shot.catalogue import DATASETS
 from training.zero_shot.datasets import EUROSAT_CLASSES
 from training.zero_shot.tables import (
     drops,

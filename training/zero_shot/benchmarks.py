@@ -1,16 +1,16 @@
-"""The benchmarks of the paper by name: which reader, which prompts, and which of our encoders each one is for.
+"""The paper's protocol on one dataset by name: its reader, its prompts, its contenders.
 
-Reading is in datasets.py and mask_sets.py, scoring in evaluate.py and evaluate_masks.py.
+The names are in catalogue.py, readers in datasets.py and mask_sets.py, scores in evaluate.py and evaluate_masks.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 from upath import UPath
 
 from graft_pipeline.errors import InputError
+from training.zero_shot.catalogue import DATASETS
 from training.zero_shot.contenders import open_contender
 from training.zero_shot.datasets import READERS, open_image_set
 from training.zero_shot.evaluate import Evaluation, evaluate_images
@@ -18,33 +18,15 @@ from training.zero_shot.evaluate_masks import MaskEvaluation, PatchSegmenter, Se
 from training.zero_shot.mask_sets import MASK_READERS
 from training.zero_shot.prompts import load_prompts
 
-
-@dataclass(frozen=True)
-class BenchmarkDataset:
-    """A dataset that encoders are scored on.
-
-    Attributes:
-        sensor: whose encoder it is for.
-        level: of the encoder.
-        prompts: prompt set that goes with it.
-    """
-
-    sensor: str
-    level: Literal["image", "pixel"]
-    prompts: str
+#: Name of the deployment's own encoder among contenders.
+OURS = "GRAFT (ours)"
 
 
-DATASETS = {
-    "eurosat": BenchmarkDataset("sentinel2", "image", "eurosat"),
-    "bigearthnet": BenchmarkDataset("sentinel2", "image", "bigearthnet"),
-    "bigearthnet43": BenchmarkDataset("sentinel2", "image", "bigearthnet43"),
-    "sat4": BenchmarkDataset("naip", "image", "sat4"),
-    "sat6": BenchmarkDataset("naip", "image", "sat6"),
-    "naip_osm": BenchmarkDataset("naip", "image", "naip_osm"),
-    "naip_osm_single": BenchmarkDataset("naip", "image", "naip_osm"),
-    "satlas_naip": BenchmarkDataset("naip", "pixel", "satlas"),
-    "satlas_sentinel2": BenchmarkDataset("sentinel2", "pixel", "satlas"),
-}
+class Foundation(Protocol):
+    """What names a foundation model."""
+
+    architecture: str
+    pretrained: str | None
 
 
 def evaluate_dataset(
@@ -87,12 +69,12 @@ def evaluate_dataset(
     words = load_prompts(prompts or of.prompts)
     if name in READERS:
         images = open_image_set(name, data)
-        specs = contenders or [_own_encoder(of, models_folder)]
+        specs = contenders or [own_encoder(name, models_folder)]
         models = [open_contender(spec, device) for spec in specs]
         return evaluate_images(models, images, words, draws=draws, seed=seed, progress=progress)
     masks = MASK_READERS[name](data)
     segmenters: list[Segmenter] = []
-    for spec in contenders or [_own_encoder(of, models_folder)]:
+    for spec in contenders or [own_encoder(name, models_folder)]:
         segmenters += _segmenters(spec, sam, device)
     return evaluate_masks(segmenters, masks, words, seed=seed, progress=progress)
 
@@ -115,11 +97,41 @@ def _segmenters(spec: str, sam: str | None, device: str) -> list[Segmenter]:
     return [plain, SamRefined(PatchSegmenter(model.name, model.clip), sam, device=device)]
 
 
-def _own_encoder(of: BenchmarkDataset, models_folder: UPath) -> str:
-    """Spec of the deployment's own encoder."""
+def own_encoder(name: str, models_folder: UPath) -> str:
+    """The deployment's encoder that a dataset is for.
+
+    Args:
+        name: a key of DATASETS.
+        models_folder: where encoders lie.
+
+    Returns:
+        Its spec.
+
+    Raises:
+        InputError: if it was not trained.
+    """
+    of = DATASETS[name]
     folder = models_folder / f"sensor={of.sensor}" / f"{of.level}_encoder" / "encoder"
     if not folder.exists():
         raise InputError(
             f"{folder} holds no encoder: materialise {of.sensor}/{of.level}_encoder, or name a contender."
         )
-    return f"GRAFT {of.level} encoder (ours)=folder:{folder}"
+    return f"{OURS}=folder:{folder}"
+
+
+def foundation_spec(foundation: Foundation) -> str:
+    """The frozen foundation model as a contender.
+
+    Args:
+        foundation: the deployment's, such as resources.foundation.FoundationModel.
+
+    Returns:
+        Its spec.
+    """
+    folder = foundation.architecture.removeprefix("local-dir:")
+    what = (
+        f"folder:{folder}"
+        if folder != foundation.architecture
+        else f"open_clip:{foundation.architecture}:{foundation.pretrained or ''}"
+    )
+    return f"foundation (CLIP)={what}"

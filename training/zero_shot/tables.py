@@ -22,6 +22,7 @@ from training.zero_shot.mask_sets import UNLABELLED
 from training.zero_shot.raster import PALETTE
 
 _CELL_PX = 72
+_RELEASED = "released"
 _UNLABELLED_COLOUR = (255, 255, 255)
 
 
@@ -84,6 +85,29 @@ def read_evaluations(folder: UPath) -> dict[str, dict[str, Any]]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{file} is no evaluation ({error!r}): delete it and evaluate again.") from error
     return found
+
+
+def release(folder: UPath, dataset: str) -> None:
+    """Make an evaluation the one that later ones are held against.
+
+    Args:
+        folder: of the report.
+        dataset: which evaluation.
+    """
+    write_bytes_atomic(folder / _RELEASED / f"{dataset}.json", (folder / f"{dataset}.json").read_bytes())
+
+
+def read_released(folder: UPath, dataset: str) -> dict[str, Any] | None:
+    """The released evaluation of a dataset; None if there is none yet.
+
+    Args:
+        folder: of the report.
+        dataset: which.
+
+    Returns:
+        Its content, as of `read_evaluations`.
+    """
+    return read_evaluations(folder / _RELEASED).get(dataset)
 
 
 def paper_tables() -> dict[str, dict[str, Any]]:

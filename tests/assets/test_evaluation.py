@@ -1,0 +1,72 @@
+"""NAIP-OSM from an extract to a gated evaluation, in one deployment on the planet."""
+
+import json
+import shutil
+
+import dagster as dg
+import pytest
+
+from graft_pipeline import schemas
+from training.zero_shot.benchmarks import OURS
+
+REGION = "N42.25W071.75"
+
+
+def overpass(tiles):
+    """An answer of Overpass: forest over the western half of every footprint, a lake over every third's east."""
+    elements = []
+    for number, row in enumerate(tiles.to_pylist()):
+        lon, lat = row["center_lon_deg"], row["center_lat_deg"]
+        # 0.0012 degrees are about 100 m here in longitude, and 133 m in latitude.
+        for tags, (west, east) in ({"natural": "wood"}, (-0.0012, 0)), ({"natural": "water"}, (0, 0.0012)):
+            if "water" in tags.values() and number % 3:
+                continue
+            ring = [(west, -0.0012), (east, -0.0012), (east, 0.0012), (west, 0.0012), (west, -0.0012)]
+            geometry = [{"lat": lat + y, "lon": lon + x} for x, y in ring]
+            elements.append({"type": "way", "id": len(elements) + 1, "tags": tags, "geometry": geometry})
+    return {"version": 0.6, "elements": elements}
+
+
+def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path):
+    file, root = tmp_path / "overpass.json", tmp_path / "deployment-1" / "data"
+    settings = {"osm_file": str(file), "evaluation_data": {"naip_osm": str(root)}}
+    deployment = deploy(planet_url=planet.url, **settings)
+    deployment.register(-71.74, 42.26, -71.73, 42.27)
+    deployment.collect(REGION, "naip")
+    tiles = deployment.storage.read(schemas.TILES, sensor="naip", region=REGION)
+    file.write_text(json.dumps(overpass(tiles)))
+    deployment.materialise("naip/osm_labels", partition=REGION)
+    labels = deployment.storage.read(schemas.OSM_LABELS, sensor="naip", region=REGION)
+    assert labels.num_rows == tiles.num_rows > 3
+    assert {"forest"} <= {name for row in labels["labels"].to_pylist() for name in row}
+    assert deployment.metadata("naip/osm_labels")["tiles/forest"].value == tiles.num_rows
+
+    # Any open_clip folder is an encoder; what a trained one scores is not the point here.
+    models = root / "models"
+    shutil.copytree(models / "foundation", models / "sensor=naip" / "image_encoder" / "encoder")
+    config = {"ops": {"evaluation__naip_osm": {"config": {"release": True}}}}
+    done = deployment.materialise("evaluation/naip_osm", run_config=config)
+    assert [check.passed for check in done.get_asset_check_evaluations()] == [True]
+    metadata = deployment.metadata("evaluation/naip_osm")
+    assert metadata[f"mAP/{OURS}"].value == metadata["mAP/foundation (CLIP)"].value > 0
+    assert metadata["images"].value > 3
+    report = (root / "evaluation" / "report.md").read_text()
+    assert f"| {OURS} | zero-shot |  |  |" in report
+    assert "NAIP-OSM mAP@20" in report
+
+    released = root / "evaluation" / "released" / "naip_osm.json"
+    content = json.loads(released.read_text())
+    ours = content["metrics"]["zero-shot"][OURS]
+    ours["mAP"] = dict.fromkeys(("value", "low", "high"), 1.5)
+    released.write_text(json.dumps(content))
+    done = deployment.materialise("evaluation/naip_osm", run_config=config)
+    (check,) = done.get_asset_check_evaluations()
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.ERROR
+    assert "zero-shot mAP: 1.5000, now" in check.description
+    assert json.loads(released.read_text()) == content, "a drop is not released"
+
+
+def test_datasets_that_nobody_knows_are_refused(deploy):
+    with pytest.raises(Exception, match="use one of eurosat"):
+        deploy(evaluation_data={"imagenet": "/data"})
