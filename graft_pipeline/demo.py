@@ -246,6 +246,9 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
             runner.materialise(dg.AssetKey("regions"))
         with stages.stage("foundation"):
             runner.materialise(dg.AssetKey(["openclip", "foundation"]))
+        if settings.uses_planet_scenes:
+            with stages.stage("scene classifier"):
+                runner.materialise(dg.AssetKey(["torchvision", "scene_classifier"]))
         regions = sorted(instance.get_dynamic_partitions("region"))
         with stages.stage("collect"):
             everything = bars.add_task("Regions, from search to pairs", total=len(regions))

@@ -180,14 +180,19 @@ def histogram(values: np.ndarray, *, title: str, unit: str) -> bytes:
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, ylabel: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    ylabel: str,
+    xlabel: str = "step",
 ) -> bytes:
-    """Draw training curves.
+    """Draw curves, of trainings as a rule.
 
     Args:
         series: name to (steps, values).
         title: heading.
         ylabel: label of the vertical axis.
+        xlabel: label of the horizontal axis.
 
     Returns:
         A PNG.
@@ -195,7 +200,7 @@ def curves(
     figure, axes = _figure(5.0, 3.0)
     for name, (steps, values) in series.items():
         axes.plot(steps, values, label=name, lw=1.2, marker="o" if len(values) < 12 else None, ms=3)
-    axes.set(title=title, xlabel="step", ylabel=ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _png(figure)

@@ -97,7 +97,8 @@ class SceneHeader:
                 "outdoor_classes": json.loads(metadata.get(OUTDOOR_ENTRY, outdoor)),
                 **json.loads(metadata.get(ENTRY, "{}")),
             }
-            header = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+            header = cls(**fields)
         except (json.JSONDecodeError, TypeError) as error:
             raise InputError(f"Its metadata cannot be read ({error}): write it again.") from error
         if len(header.classes) != class_count:

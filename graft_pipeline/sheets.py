@@ -3,6 +3,8 @@
 How a sheet is drawn is in previews.py; these functions choose and read what is shown, the same for the same seed.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +35,28 @@ def outdoor_sheet(images: pa.Table, outdoor: pa.Table, folder: UPath, *, seed: i
         pictures += [array for _, array in shown]
         frames += [colour] * len(shown)
     return previews.contact_sheet(pictures, cell_px=84, frames=frames)
+
+
+def photos_by_id(
+    photo_ids: Sequence[str], regions: Sequence[str], read: Callable[[str], tuple[pa.Table, UPath]]
+) -> list[np.ndarray]:
+    """Stored ground images of several regions.
+
+    Args:
+        photo_ids: which.
+        regions: the region of each.
+        read: gives a region's GROUND_IMAGES rows and the folder of their shards.
+
+    Returns:
+        (H, W, 3) uint8 RGB of each, in the order given.
+    """
+    shown: dict[str, np.ndarray] = {}
+    for region in dict.fromkeys(regions):
+        images, folder = read(region)
+        ids = pa.array([i for i, r in zip(photo_ids, regions, strict=True) if r == region], pa.string())
+        rows = images.filter(pc.is_in(images["photo_id"], ids))
+        shown |= dict(sample_images(folder, rows, rows.num_rows))
+    return [shown[photo_id] for photo_id in photo_ids]
 
 
 def chip_sheet(chips: pa.Table, folder: UPath, *, seed: int, count: int = 24) -> bytes:

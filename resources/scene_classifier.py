@@ -33,6 +33,11 @@ _BATCH = 64
 _THREADS = 4
 
 
+def planet_checkpoint(models_folder: UPath) -> UPath:
+    """Where the planet's own ResNet-18 lies in a storage, once torchvision/scene_classifier is materialised."""
+    return models_folder / "scene_classifier" / "resnet18.safetensors"
+
+
 class SceneClassifier:
     """Outdoor probabilities of photos; made by `zero_shot` or `checkpoint`.
 

@@ -1,6 +1,6 @@
-"""`python -m training`: train satellite encoders and small CLIPs from files, without Dagster.
+"""`python -m training`: train satellite encoders, small CLIPs and scene classifiers from files, without Dagster.
 
-Only arguments are handled here; the work is in loop.py and foundation.py.
+Only arguments are handled here; the work is in loop.py, foundation.py and scenes.py.
 """
 
 import csv
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from training.loop import TrainConfig
 
 app = typer.Typer(
-    help="Train satellite encoders, and small CLIPs for them, from files and without Dagster.",
+    help="Train satellite encoders, small CLIPs and scene classifiers, from files and without Dagster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -161,6 +161,81 @@ def foundation(
         images, [row["caption"] for row in rows], UPath(output), config, threads=threads
     )
     Console().print(f"{result.folder} (model {result.model_id}), loss {result.losses[-1]:.3f}")
+
+
+@app.command()
+def scenes(
+    output: Annotated[
+        str, typer.Argument(help="Safetensors file to write; GRAFT_SCENE_CHECKPOINT names it.")
+    ],
+    sun397: Annotated[
+        Path,
+        typer.Option(help="Folder with SUN397/, Partitions/ and hierarchy_three_levels/, each as published."),
+    ],
+    split: Annotated[int, typer.Option(help="Official split, 1 to 10.")] = 1,
+    partitions: Annotated[Path | None, typer.Option(help="Folder of Training_01.txt and so on.")] = None,
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="three_levels.xlsx, or its sheet SUN397 exported as CSV.")
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(help="auto: ImageNet's if they are on this machine; scratch; or a state dict's file."),
+    ] = "auto",
+    image_px: Annotated[int, typer.Option(help="Side of what the network sees.")] = 224,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 3e-4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    seed: int = 0,
+) -> None:
+    """Train the indoor/outdoor classifier on SUN397; goes on after the last whole epoch of a killed run."""
+    from rich.progress import Progress
+
+    from training.scenes import LabelledPhotos, SceneConfig, train_scenes
+    from training.sun397 import read_sun397
+
+    found = read_sun397(sun397, split, partitions=partitions, hierarchy=hierarchy)
+    config = SceneConfig(
+        crop_px=image_px,
+        # torchvision's own proportion, 256 to 224.
+        resize_px=round(image_px * 8 / 7),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weights=weights,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    facts = {
+        "data": "SUN397",
+        "split": split,
+        "scene_classes": len(found.classes),
+        "ambiguous_classes": list(found.ambiguous),
+        "absent_photos": found.absent,
+    }
+    train, test = (LabelledPhotos(part.images, part.labels) for part in (found.train, found.test))
+    console = Console()
+    with Progress(console=console) as bar:
+        task = bar.add_task("Training")
+        result = train_scenes(
+            train,
+            test,
+            UPath(output),
+            config,
+            facts=facts,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    scores = result.scores
+    console.print(
+        f"{output}: accuracy {scores.accuracy:.4f} on {int(scores.confusion.sum())} images of Testing_{split:02d} "
+        f"(indoor {scores.recall['indoor']:.4f}, outdoor {scores.recall['outdoor']:.4f})"
+    )
+    console.print(
+        f"Left out: {result.unreadable} images that cannot be decoded, {found.absent} absent ones, "
+        f"{len(found.ambiguous)} classes on both sides."
+    )
 
 
 def main() -> None:

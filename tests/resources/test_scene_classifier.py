@@ -10,6 +10,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError, SettingsError
+from graft_pipeline.scene_header import SceneHeader
 from resources.foundation import FoundationModel
 from resources.scene_classifier import SceneClassifier
 from training.export import save_encoder
@@ -103,6 +104,41 @@ def test_two_classes_are_indoor_and_outdoor(tmp_path):
     assert classifier.score_images([]).shape == (0,)
 
 
+def test_images_are_prepared_as_the_file_says(tmp_path):
+    header = SceneHeader(("outdoor", "indoor"), (0,), 40, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    model, path = checkpoint(tmp_path, 2, header.to_metadata())
+    preprocess = ResNet18_Weights.IMAGENET1K_V1.transforms(
+        crop_size=32, resize_size=40, mean=header.mean, std=header.std
+    )
+    images = photos(3)
+    with torch.no_grad():
+        expected = model(torch.stack([preprocess(image) for image in images])).softmax(dim=1)[:, 0]
+    classifier = SceneClassifier.checkpoint(path, device="cpu")
+    np.testing.assert_allclose(classifier.score_images(images), expected, atol=1e-5)
+    plain = SceneClassifier.checkpoint(checkpoint(tmp_path, 2)[1], device="cpu")
+    assert plain.classifier_id != classifier.classifier_id
+
+
+def test_a_photos_score_does_not_depend_on_the_photos_beside_it(foundation, tmp_path):
+    header = SceneHeader(("indoor", "outdoor"), (1,), 32, 32)
+    pixels = SceneClassifier.checkpoint(checkpoint(tmp_path, 2, header.to_metadata())[1], device="cpu")
+    images = photos(70)
+    scores = pixels.score_images(images)
+    embeddings = foundation.embed_images(images)
+    zero_shot = SceneClassifier.zero_shot(foundation)
+    for some in (slice(3, 4), slice(11, 40), slice(60, 70)):
+        np.testing.assert_array_equal(pixels.score_images(images[some]), scores[some])
+        np.testing.assert_array_equal(zero_shot.score(embeddings[some]), zero_shot.score(embeddings)[some])
+
+
+def test_a_checkpoint_on_an_object_store(tmp_path):
+    _, path = checkpoint(tmp_path, 2)
+    remote = UPath("memory://scenes/scene.safetensors")
+    remote.write_bytes(path.read_bytes())
+    here, there = (SceneClassifier.checkpoint(where, device="cpu") for where in (path, remote))
+    assert here.classifier_id == there.classifier_id
+
+
 def test_many_classes_say_which_are_outdoors(tmp_path):
     model, path = checkpoint(tmp_path, 397, {"outdoor_classes": json.dumps([3, 5, 396])})
     classifier = SceneClassifier.checkpoint(path, device="cpu")
@@ -117,7 +153,17 @@ def test_many_classes_say_which_are_outdoors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, {"outdoor_classes": "[]"}, {"outdoor_classes": "[397]"}, {"outdoor_classes": "x"}]
+    "metadata",
+    [
+        None,
+        {"outdoor_classes": "[]"},
+        {"outdoor_classes": "[397]"},
+        {"outdoor_classes": "x"},
+        {"outdoor_classes": "5"},
+        {"scene_classifier": '{"outdoor_classes": [1], "classes": ["a", "b"]}'},
+        {"scene_classifier": '{"outdoor_classes": [1], "crop_px": 0}'},
+        {"scene_classifier": '{"outdoor_classes": [1], "colour": "red"}'},
+    ],
 )
 def test_many_classes_without_a_mapping_are_refused(tmp_path, metadata):
     _, path = checkpoint(tmp_path, 397, metadata)
