@@ -24,8 +24,8 @@ from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_pl
 from assets.planet import build_planet_assets, planet_foundation
 from assets.sensors import build_sensor_assets
 from graft_pipeline.automation import build_jobs
-from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.errors import SettingsError
+from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.progress import LogProgress
 from graft_pipeline.settings import Settings, load_settings
 from resources.flickr import FlickrClient
