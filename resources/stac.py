@@ -55,12 +55,14 @@ logger = logging.getLogger(__name__)
 PAGE_SIZE = 250
 #: Bytes that are fetched first: a cloud-optimised GeoTIFF of a scene keeps all of its directories in them.
 HEADER_BYTES = 1 << 15
-#: Items and headers that are kept: neighbouring chips share scenes.
-_KEPT = 4096
+#: Items and headers that are kept, about 32 MB: neighbouring chips share scenes.
+_KEPT = 1024
 #: A token is renewed so long before it expires.
 _TOKEN_MARGIN_S = 120.0
 #: First processing baseline whose values are shifted (Sentinel-2 products, ESA).
 _SHIFTED_BASELINE = 4.0
+#: Properties that say which baseline an item has, and whether its catalogue took the shift back.
+_BASELINE = ("s2:processing_baseline", "earthsearch:boa_offset_applied")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -279,7 +281,7 @@ class Stac:
     def _item(self, sensor: Sensor, scene_id: str) -> dict[str, Any]:
         def load() -> dict[str, Any]:
             collection, item = quote(sensor.collection, safe=""), quote(scene_id, safe="")
-            return dict(self._ask(f"{self._url}/collections/{collection}/items/{item}"))
+            return _needed(self._ask(f"{self._url}/collections/{collection}/items/{item}"))
 
         return self._kept(self._items, (sensor.collection, scene_id), load)
 
@@ -495,11 +497,21 @@ def _asset_of(band: str) -> tuple[str, int]:
     return (key, int(number)) if key and number.isdigit() else (band, 1)
 
 
+def _needed(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chip needs of an item; whole ones of Sentinel-2 are a hundred kilobytes."""
+    properties, assets = item.get("properties") or {}, item.get("assets") or {}
+    return {
+        "properties": {name: properties.get(name) for name in _BASELINE},
+        "links": [link for link in item.get("links") or [] if link.get("rel") == "self" and link.get("href")],
+        "assets": {key: {"href": asset.get("href")} for key, asset in assets.items()},
+    }
+
+
 def _href(item: Mapping[str, Any], key: str) -> str:
-    asset = (item.get("assets") or {}).get(key)
-    if not isinstance(asset, Mapping) or not isinstance(asset.get("href"), str):
+    asset = item["assets"].get(key)
+    if asset is None or not isinstance(asset["href"], str):
         raise RequestError(f"the item has no asset {key!r}", 400)
-    links = [link["href"] for link in item.get("links") or [] if link.get("rel") == "self"]
+    links = [link["href"] for link in item["links"]]
     return urljoin(links[0], asset["href"]) if links else str(asset["href"])
 
 
@@ -529,21 +541,33 @@ def _scene(item: Mapping[str, Any], sensor: Sensor) -> dict[str, Any]:
     # Assets of several resolutions state their own grids: that of the first band is the scene's.
     projection = {**properties, **(assets.get(keys[0]) or {})}
     code = projection.get("proj:code") or f"EPSG:{projection.get('proj:epsg')}"
-    height, width = (int(side) for side in projection.get("proj:shape") or (0, 0))
-    affine = [float(number) for number in projection.get("proj:transform") or ()][:6]
-    if len(affine) < 6 and projection.get("proj:bbox") and width and height:
-        x_min, y_min, x_max, y_max = (float(edge) for edge in projection["proj:bbox"])
-        affine = [(x_max - x_min) / width, 0.0, x_min, 0.0, (y_min - y_max) / height, y_max]
+    affine, size = _grid_of(projection)
     return scene_record(
         str(item.get("id") or ""),
         _time(properties.get("datetime") or properties.get("start_datetime")),
         sensor.requested_bands if complete else (),
         str(code),
-        tuple(affine) if len(affine) == 6 else (0.0,) * 6,  # type: ignore[arg-type]
-        (width, height),
+        affine,
+        size,
         item.get("geometry"),
         {name: value for name, value in properties.items() if name == sensor.cloud_property},
     )
+
+
+def _grid_of(
+    projection: Mapping[str, Any],
+) -> tuple[tuple[float, float, float, float, float, float], tuple[int, int]]:
+    """Transform and (width, height) by the projection extension; zeros where it does not say."""
+    nothing = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0), (0, 0)
+    try:
+        height, width = (int(side) for side in projection["proj:shape"])
+        if projection.get("proj:transform"):
+            a, b, c, d, e, f, *_ = (float(number) for number in projection["proj:transform"])
+            return (a, b, c, d, e, f), (width, height)
+        x_min, y_min, x_max, y_max = (float(edge) for edge in projection["proj:bbox"])
+        return ((x_max - x_min) / width, 0.0, x_min, 0.0, (y_min - y_max) / height, y_max), (width, height)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return nothing
 
 
 def _time(text: Any) -> datetime | None:
@@ -571,11 +595,11 @@ def _shifted(chip: NDArray[Any], item: Mapping[str, Any], sensor: Sensor) -> NDA
     Only valid values are shifted, and none becomes 0, which means no data. Earth Search says in
     `earthsearch:boa_offset_applied` that it did this already.
     """
-    properties = item.get("properties") or {}
-    if not sensor.offset or properties.get("earthsearch:boa_offset_applied"):
+    baseline, is_done = (item["properties"][name] for name in _BASELINE)
+    if not sensor.offset or is_done:
         return chip
     try:
-        is_shifted = float(properties.get("s2:processing_baseline") or 0.0) >= _SHIFTED_BASELINE
+        is_shifted = float(baseline or 0.0) >= _SHIFTED_BASELINE
     except ValueError:
         is_shifted = False
     if not is_shifted:

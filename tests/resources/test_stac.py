@@ -275,6 +275,9 @@ def test_clouds_and_grids_of_sentinel2(api: Api, conforms: list[str]) -> None:
     api.add_sentinel2("unknown", "2021-07-11T15:30:00Z", 0.0)
     del api.items["sentinel-2-l2a"]["unknown"]["properties"]["eo:cloud_cover"]
     api.add_sentinel2("gridless", "2021-07-16T15:30:00Z", 0.0, **{"proj:code": None})
+    api.add_sentinel2("shapeless", "2021-07-16T15:30:00Z", 0.0)
+    api.items["sentinel-2-l2a"]["shapeless"]["assets"]["B04"]["proj:shape"] = ["wide", None]
+    api.add_sentinel2("timeless", "yesterday", 0.0)
     api.add_sentinel2("colourless", "2021-07-16T15:30:00Z", 0.0, keys="B04 SCL")
     (row,) = rows(client(api), SENTINEL2).values()
     assert (row["scene_id"], row["cloud_pct"], row["crs"]) == ("clear", 0.25, "EPSG:32619")
