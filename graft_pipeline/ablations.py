@@ -152,6 +152,18 @@ def variant_root(root: "UPath", sensor: Sensor, variant: Variant) -> "UPath":
     return root / "ablations" / f"sensor={sensor.name}" / f"data={variant.data_name}"
 
 
+def variant_roots(root: "UPath") -> list["UPath"]:
+    """Storage roots below a deployment's own that `variant_root` names and that exist.
+
+    Args:
+        root: the deployment's storage root.
+
+    Returns:
+        The roots, of all sensors and variants, sorted.
+    """
+    return sorted(root.glob("ablations/sensor=*/data=*"), key=str)
+
+
 def make_region(
     root: "UPath",
     region: Region,

@@ -189,7 +189,9 @@ def photos_purge(
     from rich.console import Console
     from rich.progress import Progress
 
+    from graft_pipeline.ablations import variant_roots
     from graft_pipeline.purging import purge
+    from resources.storage import Storage
 
     if not photo_ids and not owner:
         raise typer.BadParameter("give ids of photos, or --owner", param_hint="IDS")
@@ -202,6 +204,7 @@ def photos_purge(
             owner or [],
             reason=reason,
             now=datetime.now(UTC),
+            copies=[Storage(root) for root in variant_roots(storage.root)],
             dry_run=dry_run,
             progress=lambda done, of: bars.update(task, completed=done, total=of),
         )

@@ -6,7 +6,7 @@ Which photos the rules reject is in photos.py; how a shard loses a member, in sh
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,7 +40,7 @@ _PHOTO_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
 _OWNER_ID = re.compile(r"[A-Za-z0-9_@\-]{1,64}")
 
 #: Region-partitioned datasets that name photos, downstream first: whoever is killed leaves no row that points to
-#: what is gone. Flickr's rows come last; a region that has none of the photos any more is done.
+#: what is gone. Flickr's rows come last: a region that names none of the photos any more is done.
 _OF_REGIONS = [
     dataset
     for dataset in reversed(DATASETS.values())
@@ -82,7 +82,7 @@ class PurgeReport:
         owners: owners, likewise.
         rows: rows removed, by dataset, downstream first.
         training_sets: snapshots deleted.
-        regions: regions that had anything of the photos.
+        regions: regions that had anything of the photos; once more for each copy.
     """
 
     photos: int
@@ -117,6 +117,7 @@ def purge(
     *,
     reason: str,
     now: datetime,
+    copies: Sequence[Tables] = (),
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PurgeReport:
@@ -137,6 +138,7 @@ def purge(
         owner_ids: owners all of whose photos are purged, also those they upload later.
         reason: kept in the lists.
         now: kept in the lists, with time zone.
+        copies: roots of other datasets made of the same photos, such as those of ablations.
         dry_run: only count.
         progress: called with (done, total) regions.
 
@@ -160,16 +162,14 @@ def purge(
             "SELECT photo_id FROM flickr_photos WHERE owner_id IN (SELECT owner_id FROM gone_owners)"
         ).fetchall()
         ids = [*photo_ids, *(photo_id for (photo_id,) in of_owners)]
-        photos = _listed(known_photos, PURGED_PHOTOS, ids, reason, now)
-        database.register("gone", photos.select(["photo_id"]))
-        hits = {dataset.name: _hits(database, dataset) for dataset in _OF_REGIONS}
-        snapshots = _snapshots(storage, database)
-    regions = sorted({values["region"] for found in hits.values() for values, _ in found})
+    photos = _listed(known_photos, PURGED_PHOTOS, ids, reason, now)
+    plans = [_plan(at, photos) for at in (storage, *copies)]
+    regions = [(plan.storage, region) for plan in plans for region in plan.regions]
     report = PurgeReport(
         photos=photos.num_rows - known_photos.num_rows,
         owners=owners.num_rows - known_owners.num_rows,
-        rows={name: sum(count for _, count in found) for name, found in hits.items()},
-        training_sets=len(snapshots),
+        rows={dataset.name: sum(plan.rows[dataset.name] for plan in plans) for dataset in _OF_REGIONS},
+        training_sets=sum(len(plan.snapshots) for plan in plans),
         regions=len(regions),
     )
     if dry_run:
@@ -177,16 +177,17 @@ def purge(
     if owners.num_rows:
         storage.write(PURGED_OWNERS, owners)
     storage.write(PURGED_PHOTOS, photos)
-    for folder in snapshots:
-        _delete_snapshot(folder)
+    for plan in plans:
+        for folder in plan.snapshots:
+            _delete_snapshot(folder)
     for folder in _folders(storage, FLICKR_PHOTOS):
         # Answers of searches that were interrupted; they hold whatever Flickr found.
         Unfinished(folder).close()
     gone = photos["photo_id"].combine_chunks()
-    for done, region in enumerate(regions, start=1):
+    for done, (at, region) in enumerate(regions, start=1):
         for dataset in _OF_REGIONS:
-            for folder in _folders(storage, dataset, region):
-                _purge_partition(storage, dataset, _values(folder, dataset), gone)
+            for folder in _folders(at, dataset, region):
+                _purge_partition(at, dataset, _values(folder, dataset), gone)
         if progress:
             progress(done, len(regions))
     return report
@@ -200,6 +201,27 @@ def _listed(known: pa.Table, dataset: Dataset, ids: Iterable[str], reason: str, 
         {key: identifier, "reason": reason, "purged_at_utc": now} for identifier in sorted(set(ids) - have)
     ]
     return pa.concat_tables([known, pa.Table.from_pylist(rows, schema=dataset.schema)])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to go below one root."""
+
+    storage: Tables
+    rows: dict[str, int]
+    regions: list[str]
+    snapshots: list["UPath"]
+
+
+def _plan(storage: Tables, photos: pa.Table) -> _Plan:
+    """Look for photos below one root, in the columns that name them alone."""
+    with closing(connect(storage.root)) as database:
+        database.register("gone", photos.select(["photo_id"]))
+        hits = {dataset.name: _hits(database, dataset) for dataset in _OF_REGIONS}
+        snapshots = _snapshots(storage, database)
+    rows = {name: sum(count for _, count in found) for name, found in hits.items()}
+    regions = sorted({values["region"] for found in hits.values() for values, _ in found})
+    return _Plan(storage, rows, regions, snapshots)
 
 
 def _hits(database: "DuckDBPyConnection", dataset: Dataset) -> list[tuple[dict[str, str], int]]:

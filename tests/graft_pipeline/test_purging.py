@@ -1,6 +1,7 @@
 """A small region, stored as assets store it; then photos of it are purged, undisturbed and with kills."""
 
 import io
+import os
 import re
 import shutil
 import tarfile
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from graft_pipeline import chips, ground_images, pairing, photos, purging, sampling, training_sets
+from graft_pipeline import ablations, chips, ground_images, pairing, photos, purging, sampling, training_sets
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.imagery import Sensor
@@ -384,6 +385,23 @@ def test_any_photos_can_be_purged(collected: Path, chosen: set[int], owners: set
     assert storage.read(TILES, **place).slice(0, tiles.num_rows).equals(tiles)
     made = training_sets.build_training_set(storage.root, SMALL)
     assert not ids & set(training_sets.read(made.folder)["photo_id"].to_pylist())
+
+
+def test_what_ablations_made_of_the_photos_goes_too(copy: Callable[[], Storage]) -> None:
+    """Their data lie below the root, with shards that are links to the main ones."""
+    storage = copy()
+    root = Path(str(storage.root))
+    below = root / "ablations" / "sensor=small" / "data=other"
+    for name in ("tiles", "chips", "pairs", "ground_images", "ground_embeddings", "training_set"):
+        shutil.copytree(root / name, below / name, copy_function=os.link)
+    (variant,) = map(Storage, ablations.variant_roots(storage.root))
+    planned = purge(storage, "1003", copies=[variant], dry_run=True)
+    assert (planned.regions, planned.training_sets, planned.rows["tiles"]) == (2, 2, 2)
+    assert purge(storage, "1003", copies=[variant]) == planned
+    for at in (storage, variant):
+        assert not mentions(at, "1003")
+        check_what_is_left(at)
+    assert not list(root.rglob("*.npy"))
 
 
 def test_on_an_object_store_as_on_disk(collected: Path) -> None:
