@@ -200,6 +200,7 @@ class Storage:
         with self.explained():
             if is_local(self.root):
                 self.root.mkdir(parents=True, exist_ok=True)
+                remove_partial_files(self.root)
             try:
                 probe.write_bytes(b"graft")
             finally:
