@@ -247,9 +247,10 @@ def _read_region(
         first_row = matrix.rows
         for batch in _ahead(file.iter_batches(_EMBEDDINGS_PER_BATCH)):
             some = pa.table(batch)
-            some = some.filter(pc.is_in(some["photo_id"], photo_ids))
-            found.model_ids.update(pc.unique(some["model_id"]).to_pylist())
-            matrix.write(_vectors(some, region))
+            is_used = pc.is_in(some["photo_id"], photo_ids)
+            found.model_ids.update(pc.unique(some["model_id"].filter(is_used)).to_pylist())
+            # Rows of a matrix are copied several times as fast as lists of Arrow.
+            matrix.write(_vectors(some, region)[is_used.to_numpy()])
     chips = _chips_of(root, sensor, region, located)
     position = pc.index_in(located["tile_id"], chips["tile_id"].combine_chunks())
     found.regions.append(region)
