@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
-    # Python looks for modules beside the script first, and finds a benchmark in place of the package `training`.
+    # As _path.py does; runs are processes that load this file, and would look for that one in vain.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     for name in [name for name in os.environ if name.startswith("GRAFT_")]:
         del os.environ[name]
