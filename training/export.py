@@ -21,6 +21,7 @@ from training.encoders import Clip
 logger = logging.getLogger(__name__)
 
 CARD = "model_card.json"
+_README = "README.md"
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"
 
@@ -35,14 +36,16 @@ def save_encoder(folder: UPath, clip: Clip, card: dict[str, Any] | None = None) 
         folder: folder to write; replaced if it exists.
         clip: the model; for a satellite encoder, the satellite image tower beside the foundation's text
             tower.
-        card: what model_card.json says, if the folder is to have one.
+        card: what model_card.json says, and README.md for people, if the folder is to have them.
 
     Returns:
         The folder.
     """
     preprocess = {key: clip.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     config = {"model_cfg": clip.model_config, "preprocess_cfg": preprocess}
-    texts = {_CONFIG: config} if card is None else {CARD: card, _CONFIG: config}
+    texts = {_CONFIG: _json(config)}
+    if card is not None:
+        texts = {CARD: _json(card), _README: readme(card)} | texts
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
 
     if is_local(folder):
@@ -55,7 +58,7 @@ def save_encoder(folder: UPath, clip: Clip, card: dict[str, Any] | None = None) 
         staging.mkdir(exist_ok=True)
         save_file(tensors, staging / _WEIGHTS)
         for name, content in texts.items():
-            (staging / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            (staging / name).write_text(content)
         if is_local(folder):
             _replace_folder(staging, final)
         else:
@@ -77,6 +80,53 @@ def read_card(folder: UPath) -> dict[str, Any]:
         The card.
     """
     return json.loads((folder / CARD).read_text())
+
+
+def readme(card: dict[str, Any]) -> str:
+    """A model card for people: how to load the model, then what the card says.
+
+    Args:
+        card: the card; its values are texts, numbers, lists of texts, or mappings of those.
+
+    Returns:
+        Markdown.
+    """
+    lines = [
+        "---",
+        "library_name: open_clip",
+        "---",
+        f"# {card.get('what', 'CLIP')}",
+        "",
+        "```python",
+        "import open_clip",
+        "",
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:/path/of/this/folder")',
+        'tokenizer = open_clip.get_tokenizer("local-dir:/path/of/this/folder")',
+        "```",
+        "",
+        "The image tower is the satellite encoder, the text tower the foundation model's.",
+    ]
+    plain = {
+        key: value for key, value in card.items() if not isinstance(value, dict | list) and key != "what"
+    }
+    for title, value in {"model": plain, **card}.items():
+        if isinstance(value, dict):
+            lines += ["", f"## {title.replace('_', ' ').capitalize()}", "", "| | |", "|---|---|"]
+            lines += [f"| {name.replace('_', ' ')} | {_cell(some)} |" for name, some in value.items()]
+        elif isinstance(value, list):
+            lines += ["", f"## {title.replace('_', ' ').capitalize()}", ""]
+            lines += [f"- {some}" for some in value]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _replace_folder(staging: Path, final: Path) -> None:

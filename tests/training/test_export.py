@@ -24,6 +24,20 @@ def test_folders_load_with_open_clip_alone(tmp_path):
     assert load_clip(f"local-dir:{folder}").fingerprint() == clip.fingerprint()
 
 
+def test_people_read_what_the_card_says(tmp_path):
+    card = {
+        "what": "Satellite image encoder",
+        "level": "image",
+        "sensor": {"bands": ["R", "G", "B"], "gsd_m": 0.1 + 0.2, "display_range": None},
+        "intended_use": ["Ranking, not measuring."],
+    }
+    text = (save_encoder(UPath(tmp_path / "encoder"), new_clip(SMALL), card) / "README.md").read_text()
+    assert "# Satellite image encoder\n" in text
+    assert "| level | image |" in text
+    assert "## Sensor\n\n| | |\n|---|---|\n| bands | R, G, B |\n| gsd m | 0.3 |" in text
+    assert "## Intended use\n\n- Ranking, not measuring.\n" in text
+
+
 def test_saving_again_replaces_the_folder_whole(tmp_path):
     clip = new_clip(SMALL)
     folder = UPath(tmp_path / "encoder")

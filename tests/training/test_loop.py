@@ -4,9 +4,11 @@ import math
 import shutil
 
 import numpy as np
+import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from upath import UPath
 
@@ -85,6 +87,12 @@ def test_the_output_is_an_open_clip_folder_with_a_card(trained, toy_world):
     foundation = load_clip(toy_world.architecture)
     assert card["foundation"]["model_id"] == foundation.fingerprint()
     assert str(toy_world.root) not in json.dumps(card)
+    # Each thing that whoever uses the model has to know is said, for machines and for people.
+    assert card["input"]["mean"] == list(clip.preprocess_config["mean"])
+    assert card["training"]["steps"] == 40
+    assert card["validation_before"]["loss"] > card["validation"]["loss"]
+    assert min(len(card[key]) for key in ("code_version", "intended_use", "limits")) > 0
+    assert card["code_version"] in (result.folder / "README.md").read_text()
     # f_T is the foundation model's own, f_S is not its image tower any more.
     texts = ["a photo of red", "blue"]
     np.testing.assert_array_equal(encode_texts(clip, texts), encode_texts(foundation, texts))
@@ -94,6 +102,21 @@ def test_the_output_is_an_open_clip_folder_with_a_card(trained, toy_world):
     assert history["history"] == result.history
 
 
+def test_open_clip_alone_pairs_the_satellite_tower_with_the_foundations_text_tower(trained, toy_world):
+    _, result, _ = trained
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{result.folder}")
+    before, _, _ = open_clip.create_model_and_transforms(toy_world.architecture)
+    ours, theirs = model.state_dict(), before.state_dict()
+    assert ours.keys() == theirs.keys()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {name for name in ours if name.startswith("visual.")}
+    pixels = preprocess(Image.new("RGB", (448, 448), (200, 40, 40)))[None]
+    tokens = open_clip.get_tokenizer(f"local-dir:{result.folder}")(["a photo of red"])
+    with torch.no_grad():
+        image, text, _ = model.eval()(pixels, tokens)
+    assert image.shape == text.shape == (1, 32)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(toy_world, tmp_path):
     first = run(toy_world, tmp_path / "a")
     second = run(toy_world, tmp_path / "b")
@@ -101,7 +124,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(toy_world, tm
     assert first.model_id == second.model_id
     assert first.history == second.history
     assert other.model_id != first.model_id
-    for name in ("open_clip_config.json", "open_clip_model.safetensors", "model_card.json"):
+    for name in ("open_clip_config.json", "open_clip_model.safetensors", "model_card.json", "README.md"):
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
 
 
