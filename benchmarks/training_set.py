@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="width of an embedding")
     parser.add_argument("--plain-pairs", type=int, default=200_000, help="0: leave the plain way out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="folder for about 6 kB a pair (512 wide)")
+    parser.add_argument("--scratch", type=Path, help="folder for about 3 kB a pair (512 wide)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
