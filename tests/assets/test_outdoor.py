@@ -46,6 +46,8 @@ def test_the_planets_own_classifier_scores_photos_and_stands_in_their_lineage(sc
     assert set(table["classifier_id"].to_pylist()) == {metadata["classifier"].value}
     graph = scored.definitions.resolve_asset_graph()
     assert dg.AssetKey(CLASSIFIER.split("/")) in graph.get(dg.AssetKey("outdoor_photos")).parent_keys
+    # The truth is for evaluation: nothing is made from what read it.
+    assert not graph.get(dg.AssetKey("outdoor_scores")).child_keys
     assert "data:image/" in metadata["preview"].value
 
 
