@@ -282,6 +282,9 @@ def segment(
     overlap: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a window that its neighbour sees.")
     ] = 0.25,
+    sam: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
+    ] = None,
 ) -> None:
     """Segment a raster by words alone: `graft segment scene.tif "farmland" "forest" -o map.tif`."""
     from rich.progress import Progress
@@ -289,6 +292,7 @@ def segment(
     from graft_pipeline.errors import InputError
     from graft_pipeline.settings import load_settings
     from training.encoders import load_clip
+    from training.zero_shot.prompted import Sam
     from training.zero_shot.prompts import PromptSet, load_prompts
     from training.zero_shot.raster import RasterOptions, segment_raster
 
@@ -315,6 +319,7 @@ def segment(
             wanted,
             options,
             lambda done, of: bars.update(task, completed=done, total=of),
+            None if sam is None else Sam(sam).refine,
         )
     rows = [[number, name, f"{100 * share:.1f} %"] for number, (name, share) in enumerate(made.share.items())]
     _table(f"{made.path}: {made.width_px} x {made.height_px} px", ["value", "class", "share"], rows)

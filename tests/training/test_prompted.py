@@ -9,7 +9,7 @@ import torch
 from graft_pipeline.errors import SettingsError
 from training.encoders import load_clip
 from training.zero_shot.evaluate_masks import PatchSegmenter
-from training.zero_shot.prompted import ClipSeg, SamRefined, best_patches
+from training.zero_shot.prompted import ClipSeg, Sam, SamRefined, best_patches
 from training.zero_shot.prompts import PromptSet
 
 PROMPTS = PromptSet({"red": ("red",), "blue": ("blue", "navy")}, ("a photo of {}",))
@@ -80,7 +80,8 @@ def image(paint):
 
 def test_sam_draws_the_classes_of_points_to_its_masks(sam_folder, toy_world, image):
     base = PatchSegmenter("toy", load_clip(toy_world.architecture))
-    refined = SamRefined(base, sam_folder, points_per_class=2)
+    sam = Sam(sam_folder, points_per_class=2)
+    refined = SamRefined(base, sam)
     assert refined.name == "toy + SAM"
     # "navy" is no word of the toy's captions.
     refined.prepare(PromptSet({"red": ("red",), "blue": ("blue",)}, ("a photo of {}",)))
@@ -90,7 +91,7 @@ def test_sam_draws_the_classes_of_points_to_its_masks(sam_folder, toy_world, ima
     assert set(classes) == {0, 1}
     # Masks are the model's own, prompted at the centres of these patches.
     points = (places[:, ::-1] + 0.5) * 112
-    masks = refined._masks(image, points)
+    masks = sam.masks(image, points)
     assert masks.shape == (len(points), 224, 448)
     for mask, number, value in zip(masks, classes, values, strict=True):
         assert (fine[number][mask] >= value - 1e-6).all()
@@ -124,11 +125,11 @@ def test_clipseg_scores_a_class_as_its_best_word(clipseg_folder, image):
     assert np.ptp(single[1] - single[2]) > 0
 
 
-def test_folders_without_weights_are_refused(tmp_path, toy_world):
+def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="give a folder with its files"):
         ClipSeg("CLIPSeg", tmp_path)
     with pytest.raises(SettingsError, match="SamModel"):
-        SamRefined(PatchSegmenter("toy", load_clip(toy_world.architecture)), tmp_path)
+        Sam(tmp_path)
 
 
 def test_segmentation_is_scored_with_and_without_refinement_beside_clipseg(
@@ -154,3 +155,35 @@ def test_segmentation_is_scored_with_and_without_refinement_beside_clipseg(
     )
     assert set(made.metrics["segmentation"]) == {"toy", "toy + SAM", "CLIPSeg", "chance"}
     assert made.classes == ("water", "grass")
+
+
+def test_rasters_are_refined_block_by_block(sam_folder, toy_world, tmp_path, paint):
+    import rasterio
+
+    from training.zero_shot.raster import segment_raster
+
+    clip = load_clip(toy_world.architecture)
+    prompts = PromptSet({"red": ("red",), "blue": ("blue",)}, ("a photo of {}",))
+    random = np.random.default_rng(4)
+    pixels = np.concatenate(list(paint(["red"] * 5 + ["blue"] * 4, 250, random)), axis=1)
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", width=pixels.shape[1], height=250, count=3, dtype="uint8",
+        crs="EPSG:32619", transform=rasterio.Affine(1, 0, 500_000, 0, -1, 4_700_000),
+    ) as file:  # fmt: skip
+        file.write(np.moveaxis(pixels, -1, 0))
+    seen = []
+
+    def refine(image, scores):
+        seen.append((image, scores))
+        return Sam(sam_folder, points_per_class=1).refine(image, scores)
+
+    segment_raster(clip, tmp_path / "scene.tif", tmp_path / "map.tif", prompts, refine=refine)
+    # 2250 px are 21 patches of 112 px: blocks of nine patches, and the three that are left.
+    assert [image.shape[1] for image, _ in seen] == [1008, 1008, 234]
+    assert [scores.shape for _, scores in seen] == [(2, 3, 9), (2, 3, 9), (2, 3, 3)]
+    np.testing.assert_array_equal(np.concatenate([image for image, _ in seen], axis=1), pixels)
+    with rasterio.open(tmp_path / "map.tif") as file:
+        written = file.read(1)
+    model = Sam(sam_folder, points_per_class=1)
+    expected = np.concatenate([model.refine(*each).argmax(axis=0) for each in seen], axis=1)
+    np.testing.assert_array_equal(written, expected)

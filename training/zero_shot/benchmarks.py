@@ -92,9 +92,9 @@ def _segmenters(spec: str, sam: str | None, device: str) -> list[Segmenter]:
     plain = PatchSegmenter(model.name, model.clip)
     if sam is None:
         return [plain]
-    from training.zero_shot.prompted import SamRefined
+    from training.zero_shot.prompted import Sam, SamRefined
 
-    return [plain, SamRefined(PatchSegmenter(model.name, model.clip), sam, device=device)]
+    return [plain, SamRefined(PatchSegmenter(model.name, model.clip), Sam(sam, device=device))]
 
 
 def own_encoder(name: str, models_folder: UPath) -> str:

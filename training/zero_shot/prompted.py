@@ -20,15 +20,14 @@ from training.zero_shot.prompts import PromptSet
 _POINTS_AT_ONCE = 32
 
 
-class SamRefined:
-    """Scores of another segmenter, drawn to the outlines that SAM finds (paper, section 3.3).
+class Sam:
+    """Draws patch scores to the outlines that SAM finds (paper, section 3.3).
 
     Of each class that is somewhere the best one, the centres of its highest-scoring patches are point prompts. Of the
     three masks that SAM answers, the one that it trusts most counts; inside, the class scores at least what its point
     scored.
 
     Args:
-        base: gives the scores.
         weights: folder or hub name of a SAM of transformers, such as facebook/sam-vit-base.
         points_per_class: prompts per class and image.
         device: where SAM runs.
@@ -37,20 +36,20 @@ class SamRefined:
         SettingsError: if transformers is not installed, or the weights cannot be had.
     """
 
-    def __init__(
-        self, base: Segmenter, weights: str | Path, *, points_per_class: int = 8, device: str = "cpu"
-    ) -> None:
-        self.name = f"{base.name} + SAM"
-        self._base, self._points, self._device = base, points_per_class, device
+    def __init__(self, weights: str | Path, *, points_per_class: int = 8, device: str = "cpu") -> None:
+        self._points, self._device = points_per_class, device
         self._model, self._processor = _load("SamModel", "SamProcessor", weights, device)
 
-    def prepare(self, prompts: PromptSet) -> None:
-        """See `Segmenter.prepare`."""
-        self._base.prepare(prompts)
+    def refine(self, image: NDArray[np.uint8], coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Draw scores to the outlines in an image.
 
-    def scores(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `Segmenter.scores`; at the image's own resolution."""
-        coarse = self._base.scores(image)
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            coarse: (K, rows, columns) float32, scores of the patches that tile it.
+
+        Returns:
+            (K, H, W) float32.
+        """
         height, width = image.shape[:2]
         places, classes, values = best_patches(coarse, self._points)
         rows, columns = coarse.shape[1:]
@@ -60,14 +59,22 @@ class SamRefined:
             torch.from_numpy(np.ascontiguousarray(coarse))[None], size=(height, width), mode="bilinear"
         )
         refined = fine[0].numpy()
-        masks = self._masks(image, np.minimum(points, [width - 1, height - 1]))
+        masks = self.masks(image, np.minimum(points, [width - 1, height - 1]))
         for mask, number, value in zip(masks, classes, values, strict=True):
             refined[number][mask] = np.maximum(refined[number][mask], value)
         return refined
 
     @torch.inference_mode()
-    def _masks(self, image: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """The mask of each (x, y) point, (P, H, W) bool."""
+    def masks(self, image: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The mask of each point.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            points: (P, 2) float64, x and y in pixels; at least one.
+
+        Returns:
+            (P, H, W) bool.
+        """
         found = []
         embeddings = None
         for start in range(0, len(points), _POINTS_AT_ONCE):
@@ -88,6 +95,27 @@ class SamRefined:
             trusted = answer.iou_scores[0].argmax(dim=-1).cpu()
             found.append(masks[torch.arange(len(some)), trusted].numpy())
         return np.concatenate(found)
+
+
+class SamRefined:
+    """A segmenter whose scores SAM refines.
+
+    Args:
+        base: gives the scores.
+        sam: refines them.
+    """
+
+    def __init__(self, base: Segmenter, sam: Sam) -> None:
+        self.name = f"{base.name} + SAM"
+        self._base, self._sam = base, sam
+
+    def prepare(self, prompts: PromptSet) -> None:
+        """See `Segmenter.prepare`."""
+        self._base.prepare(prompts)
+
+    def scores(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Segmenter.scores`; at the image's own resolution."""
+        return self._sam.refine(image, self._base.scores(image))
 
 
 def best_patches(

@@ -36,6 +36,11 @@ PALETTE = (
     (204, 187, 68), (238, 102, 119), (170, 51, 119), (187, 187, 187),
 )  # fmt: skip
 _BLOCK_PX = 256
+#: Side of the blocks that are refined, about: what SAM looks at.
+_REFINED_PX = 1024
+
+#: (H, W, 3) uint8 pixels and (K, rows, columns) float32 patch scores in, (K, H, W) float32 scores out.
+Refine = Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,7 @@ def segment_raster(
     prompts: PromptSet,
     options: RasterOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    refine: Refine | None = None,
 ) -> RasterMap:
     """Give every pixel of a raster the class that its text is nearest to.
 
@@ -108,6 +114,7 @@ def segment_raster(
         prompts: classes and words, at most 255 classes.
         options: how the raster is read.
         progress: told (rows of windows done, rows of windows).
+        refine: draws patch scores to outlines in the pixels, block by block, such as `prompted.Sam.refine`.
 
     Returns:
         What was written.
@@ -141,7 +148,12 @@ def segment_raster(
         ):
             _describe(written, names, prompts)
             rows = finished_rows(clip, classes, reader.window, grid, options.batch_size, progress)
-            for top, block in _pixel_rows(rows, grid, file):
+            blocks = (
+                _pixel_rows(rows, grid, file)
+                if refine is None
+                else _refined_rows(rows, grid, file, reader, refine)
+            )
+            for top, block in blocks:
                 counts += np.bincount(block.ravel(), minlength=NODATA + 1)
                 written.write(block, 1, window=Window(0, top, file.width, len(block)))
     valid = max(1, int(counts[:NODATA].sum()))
@@ -206,26 +218,25 @@ class _Reader:
             max(1, round(height / (grid.side * grid.patch_y) * grid.model_px)),
             max(1, round(width / (grid.side * grid.patch_x) * grid.model_px)),
         )
+        image = self.pixels(Window(left, top, width, height), shape)
+        outside = (grid.model_px - shape[0], grid.model_px - shape[1])
+        return np.pad(image, ((0, outside[0]), (0, outside[1]), (0, 0)), mode="symmetric")
+
+    def pixels(self, window: Window, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        """Pixels of a window as they are shown, (*shape, 3) uint8."""
         # Averaged when it shrinks, so that nothing aliases.
-        resampling = Resampling.average if shape[0] < height else Resampling.bilinear
+        resampling = Resampling.average if shape[0] < window.height else Resampling.bilinear
         try:
-            pixels = file.read(
-                self._bands,
-                window=Window(left, top, width, height),
-                out_shape=(3, *shape),
-                resampling=resampling,
-            )
+            pixels = self._file.read(self._bands, window=window, out_shape=(3, *shape), resampling=resampling)
         except RasterioError as error:
             raise DataError(
-                f"Pixels of {file.name} at row {top:.0f}, column {left:.0f} cannot be read ({error}): "
-                "restore the file."
+                f"Pixels of {self._file.name} at row {window.row_off:.0f}, column {window.col_off:.0f} cannot be read "
+                f"({error}): restore the file."
             ) from error
         if self._range is not None:
             low, high = self._range
             pixels = np.clip((pixels.astype(np.float32) - low) / (high - low) * 255, 0, 255)
-        image = np.moveaxis(pixels, 0, -1).astype(np.uint8)
-        outside = (grid.model_px - shape[0], grid.model_px - shape[1])
-        return np.pad(image, ((0, outside[0]), (0, outside[1]), (0, 0)), mode="symmetric")
+        return np.moveaxis(pixels, 0, -1).astype(np.uint8)
 
 
 def _rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
@@ -267,6 +278,36 @@ def _pixel_rows(
             block[:at][file.dataset_mask(window=window) == 0] = NODATA
             yield top, block[:at]
             top, at = top + at, 0
+
+
+def _refined_rows(
+    patch_rows: Iterator[NDArray[np.float32]],
+    grid: Lattice,
+    file: DatasetReader,
+    reader: _Reader,
+    refine: Refine,
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """As `_pixel_rows`, with the scores of each block refined by its pixels."""
+    down, along = max(1, round(_REFINED_PX / grid.patch_y)), max(1, round(_REFINED_PX / grid.patch_x))
+    for first in range(0, grid.rows, down):
+        last = min(first + down, grid.rows)
+        scores = np.stack([next(patch_rows) for _ in range(first, last)]).transpose(2, 0, 1)
+        top, bottom = (
+            int(first * grid.patch_y),
+            file.height if last == grid.rows else int(last * grid.patch_y),
+        )
+        block = np.empty((bottom - top, file.width), dtype=np.uint8)
+        for start in range(0, grid.columns, along):
+            end = min(start + along, grid.columns)
+            left, right = (
+                int(start * grid.patch_x),
+                file.width if end == grid.columns else int(end * grid.patch_x),
+            )
+            shape = (bottom - top, right - left)
+            pixels = reader.pixels(Window(left, top, shape[1], shape[0]), shape)
+            block[:, left:right] = refine(pixels, scores[:, :, start:end]).argmax(axis=0)
+        block[file.dataset_mask(window=Window(0, top, file.width, len(block))) == 0] = NODATA
+        yield top, block
 
 
 def _neighbours(place: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
