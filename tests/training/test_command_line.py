@@ -121,6 +121,8 @@ def test_recipes_are_for_any_sensor_and_model(recipe):
 def test_the_papers_recipe_is_the_papers():
     for config in (PAPER_IMAGE, PAPER_PIXEL):
         assert (config.architecture, config.temperature, config.photos_per_tile) == ("ViT-B-16", 0.07, 25)
+        assert (config.epochs, config.steps, config.weight_decay) == (10, None, 1e-2)
+        assert not config.mask_shared_photos
     assert (PAPER_IMAGE.learning_rate, PAPER_PIXEL.learning_rate) == (1e-5, 5e-5)
     changed = {
         f.name for f in fields(PLANET_IMAGE) if getattr(PLANET_IMAGE, f.name) != getattr(PLANET_PIXEL, f.name)
