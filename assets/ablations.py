@@ -91,38 +91,29 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Every variant of the paper's ablations, trained and scored; what was trained before is not trained again."""
         made = Benchmark.load(benchmark_file(storage, sensor))
-        judged_by = fingerprint(made.chips, made.labels, made.segmentation_chips, made.masks)
-        table = storage.read(schemas.ABLATIONS, sensor=sensor.name)
-        changed, models = False, storage.models_folder / f"sensor={sensor.name}" / "ablations"
+        setup_id = fingerprint(
+            *(world.training_recipe, config.train_config, foundation.model_id),
+            *(made.chips, made.labels, made.segmentation_chips, made.masks),
+            code_version(rules_of_ablations, *LEARNING_MODULES),
+        )
+        table, changed = storage.read(schemas.ABLATIONS, sensor=sensor.name), False
         for variant in rules_of_ablations.variants_named(config.variants):
             snapshot = prepare(variant, sensor, world, storage, foundation, imagery, progress)
             for seed in range(config.seeds):
-                training = Training(
-                    snapshot=snapshot,
-                    root=rules_of_ablations.variant_root(storage.root, sensor, variant),
-                    output=models / variant.name / f"seed={seed}",
-                    sensor=sensor.name,
-                    level=variant.level,
-                    recipe=world.training_recipe,
-                    foundation=foundation,
-                    seed=seed,
-                    fields={**config.train_config, **variant.fields},
-                )
-                decides = (
-                    training.level,
-                    training.recipe,
-                    training.fields,
-                    seed,
-                    code_version(*LEARNING_MODULES),
-                )
-                run_id = fingerprint(*decides, snapshot.name, foundation.model_id, judged_by)
-                if run_id in table["run_id"].to_pylist():
+                decided = {
+                    "setup_id": setup_id,
+                    "variant": variant.name,
+                    "seed": seed,
+                    "snapshot": snapshot.name.removeprefix("snapshot="),
+                }
+                if decided in table.select(list(decided)).to_pylist():
                     continue
+                training = training_of(variant, seed, snapshot, sensor, config, world, storage, foundation)
                 report = progress.task(f"{sensor.name} {variant.name}, seed {seed}")
                 trained = launch(context, world, training, report)
-                new = row(variant, seed, run_id, snapshot, trained, score(made, training.output))
-                table = with_row(table, new)
+                table = with_row(table, decided | results(trained, made, training.output))
                 changed |= storage.write(schemas.ABLATIONS, table, sensor=sensor.name)
+        table = table.filter(pc.equal(table["setup_id"], setup_id))
         summary = rules_of_ablations.summarise(table)
         text = rules_of_ablations.to_markdown(summary)
         means = {name: {of["variant"]: of[name] for of in summary} for name in list(SCORES)[:3]}
@@ -131,6 +122,7 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
             table,
             changed=changed,
             picture=previews.bars(means, title=f"{sensor.name}: ablations", ylabel="score"),
+            setup_id=setup_id,
             table=dg.MetadataValue.md(text),
             **{f"accuracy/{of['variant']}": round(of["accuracy"], 4) for of in summary},
         )
@@ -172,40 +164,53 @@ def prepare(
     return snapshot
 
 
-def score(made: Benchmark, output: UPath) -> dict[str, float]:
-    """Scores of a trained encoder by column of the table."""
+def training_of(
+    variant: Variant,
+    seed: int,
+    snapshot: UPath,
+    sensor: Sensor,
+    config: AblationsConfig,
+    world: Settings,
+    storage: Storage,
+    foundation: FoundationModel,
+) -> Training:
+    """The training of a variant with one seed."""
+    models = storage.models_folder / f"sensor={sensor.name}" / "ablations"
+    return Training(
+        snapshot=snapshot,
+        root=rules_of_ablations.variant_root(storage.root, sensor, variant),
+        output=models / variant.name / f"seed={seed}",
+        sensor=sensor.name,
+        level=variant.level,
+        recipe=world.training_recipe,
+        foundation=foundation,
+        seed=seed,
+        fields={**config.train_config, **variant.fields},
+    )
+
+
+def results(trained: Trained, made: Benchmark, output: UPath) -> dict[str, Any]:
+    """Costs and scores of a trained encoder by column of the table."""
     from training.zero_shot.prompts import load_prompts
     from training.zero_shot.scoring import score_images, score_segmentation
 
     encoder = {"encoder": local_model(output / "encoder")}
     prompts = load_prompts("planet")
     images = score_images(encoder, made.chips, made.labels, prompts.restricted_to(made.classes))
-    pixels = score_segmentation(
-        encoder, made.segmentation_chips, made.masks, prompts.restricted_to(made.all_classes)
+    classes = prompts.restricted_to(made.all_classes)
+    metrics = (
+        images.metrics | score_segmentation(encoder, made.segmentation_chips, made.masks, classes).metrics
     )
-    metrics = images.metrics | pixels.metrics
-    return {column: metrics[task]["encoder"][metric] for column, (task, metric) in SCORES.items()}
-
-
-def row(
-    variant: Variant, seed: int, run_id: str, snapshot: UPath, trained: Trained, scores: dict[str, float]
-) -> dict[str, Any]:
-    """A row of the table."""
     return {
-        "variant": variant.name,
-        "seed": seed,
-        "run_id": run_id,
-        "snapshot": snapshot.name.removeprefix("snapshot="),
         "train_tiles": trained.result["train_tiles"],
         "train_pairs": trained.result["train_photos"],
         "best_step": trained.result["best_step"],
         "training_seconds": trained.result["seconds"],
-        **scores,
+        **{column: metrics[task]["encoder"][metric] for column, (task, metric) in SCORES.items()},
     }
 
 
 def with_row(table: pa.Table, new: dict[str, Any]) -> pa.Table:
-    """The table with a row added, or put in the place of that of its variant and seed."""
-    same = pc.and_(pc.equal(table["variant"], new["variant"]), pc.equal(table["seed"], new["seed"]))
-    added = pa.Table.from_pylist([new], schema=schemas.ABLATIONS.schema)
-    return pa.concat_tables([table.filter(pc.invert(same)), added])
+    """The table with a row added, or put in the place of that of the same key."""
+    kept = [old for old in table.to_pylist() if any(old[name] != new[name] for name in schemas.ABLATIONS.key)]
+    return pa.Table.from_pylist([*kept, new], schema=schemas.ABLATIONS.schema)

@@ -14,6 +14,7 @@ from typing import Any
 import _path  # noqa: F401 -- before the package `training`
 import dagster as dg
 import psutil
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -67,7 +68,10 @@ def main() -> None:
         runner.materialise(*automation.keys_of([options.sensor], ["training_set", "benchmark"]))
         collected = time.perf_counter() - started
         _ablate(runner, options)
+        event = instance.get_latest_materialization_event(dg.AssetKey([options.sensor, "ablations"]))
     rows = Storage(settings.root).read(schemas.ABLATIONS, sensor=options.sensor)
+    setup_id = event.asset_materialization.metadata["setup_id"].value
+    rows = rows.filter(pc.equal(rows["setup_id"], setup_id))
     summary = ablations.summarise(rows)
     console.print(Markdown(ablations.to_markdown(summary)))
     facts = {

@@ -303,7 +303,7 @@ def summarise(rows: pa.Table) -> list[dict[str, Any]]:
     """Scores of each variant over its seeds, beside those of `graft`.
 
     Args:
-        rows: ABLATIONS rows of one sensor.
+        rows: ABLATIONS rows of one sensor and setup.
 
     Returns:
         A row for each variant, in the order of `VARIANTS`: variant, seeds, train_tiles, train_pairs and for each

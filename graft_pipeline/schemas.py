@@ -378,7 +378,7 @@ ABLATIONS = _dataset(
         _column("segmentation_accuracy", pa.float64(), "zero-shot segmentation: mean recall of the classes"),
         _column("mean_iou", pa.float64(), "zero-shot segmentation: mean intersection over union"),
     ],
-    key=("variant", "seed"),
+    key=("setup_id", "variant", "seed"),
     partitions=("sensor",),
 )
 

@@ -178,7 +178,7 @@ def test_alt_texts_lie_in_the_order_of_the_embeddings(collected: UPath) -> None:
 
 
 def rows_of(scores: dict[tuple[str, int], float]) -> pa.Table:
-    base = {"run_id": "r", "snapshot": "s", "train_tiles": 10, "train_pairs": 20, "best_step": 1}
+    base = {"setup_id": "r", "snapshot": "s", "train_tiles": 10, "train_pairs": 20, "best_step": 1}
     base |= {"training_seconds": 1.0}
     rows = [
         base | {"variant": variant, "seed": seed} | dict.fromkeys(ablations.SCORES, score)
