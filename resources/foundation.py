@@ -120,6 +120,9 @@ class FoundationModel:
     def embed_images(self, images: Iterable[bytes | Image.Image]) -> NDArray[np.float32]:
         """f_G of images; the next batch is decoded by threads while one is encoded.
 
+        Every batch is filled up to one size: the last bits of an embedding depend on the size of its batch, and a
+        photo that comes later than others must not be another one for that.
+
         Args:
             images: encoded images (JPEG, PNG ...) or PIL images.
 
@@ -137,7 +140,9 @@ class FoundationModel:
         parts = []
         with torch.inference_mode():
             for batch in prepared_batches(images, loaded.preprocess, self._batch_size, self._threads):
-                features = loaded.model.encode_image(torch.stack(batch).to(device), normalize=True)
+                pixels = torch.zeros((self._batch_size, *batch[0].shape))
+                pixels[: len(batch)] = torch.stack(batch)
+                features = loaded.model.encode_image(pixels.to(device), normalize=True)[: len(batch)]
                 parts.append(features.float().cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, loaded.width), dtype=np.float32)
 

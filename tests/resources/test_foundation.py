@@ -167,3 +167,11 @@ def test_batches_keep_order_and_read_one_ahead():
     assert next(batches) == [0, 1]
     assert taken == [0, 1, 2, 3]
     assert [number for batch in batches for number in batch] == [2, 3, 4, 5, 6]
+
+
+def test_an_embedding_does_not_depend_on_what_is_embedded_with_it(folder):
+    model = FoundationModel.from_folder(folder, device="cpu", batch_size=8)
+    images = photos(13, seed=3)
+    together = model.embed_images(images)
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(model.embed_images([image])[0], together[number])
