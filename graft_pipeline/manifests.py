@@ -330,10 +330,11 @@ def read_table(path: "UPath | Path", dataset: Dataset, names: Sequence[str] | No
         names: columns to read; None: all of the schema.
 
     Returns:
-        Table of exactly these columns, None if there is no such file.
+        Table of exactly these columns, None if there is no such file. Nullable columns that the file lacks, as
+        an earlier version wrote it, are null.
 
     Raises:
-        DataError: if the file is not Parquet, or lacks some of them.
+        DataError: if the file is not Parquet, or lacks some of the others.
     """
     wanted = dataset.schema.names if names is None else list(names)
     with open_table(path, dataset, wanted) as file:
@@ -344,6 +345,9 @@ def read_table(path: "UPath | Path", dataset: Dataset, names: Sequence[str] | No
         except pa.ArrowInvalid as error:
             raise DataError(f"{path} is damaged ({error}): delete it and materialise it again.") from error
     schema = pa.schema([dataset.schema.field(name) for name in wanted], dataset.schema.metadata)
+    for name in wanted:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
     try:
         return table.select(wanted).cast(schema)
     except (pa.ArrowInvalid, ValueError) as error:
@@ -359,7 +363,7 @@ def open_table(
     Args:
         path: the file, see `partition_file`.
         dataset: what it must obey.
-        names: columns that it must have; None: all of the schema.
+        names: columns that it must have, nullable ones aside; None: all of the schema.
 
     Yields:
         The open file, None if there is no such file.
@@ -382,7 +386,11 @@ def open_table(
             raise DataError(
                 f"{path} is not a Parquet file ({error}): delete it and materialise it again."
             ) from error
-        missing = [name for name in names or dataset.schema.names if name not in file.schema_arrow.names]
+        missing = [
+            name
+            for name in names or dataset.schema.names
+            if name not in file.schema_arrow.names and not dataset.schema.field(name).nullable
+        ]
         if missing:
             raise DataError(f"{path} lacks the columns {missing}: materialise it again with this version.")
         yield file

@@ -100,6 +100,20 @@ def test_broken_and_outdated_files_are_named(tmp_path: Path) -> None:
         manifests.read_table(path, SEARCH_LOCATIONS)
 
 
+def test_nullable_columns_of_later_versions_are_null(
+    tmp_path: Path, make_photos: Callable[..., pa.Table]
+) -> None:
+    path, photos = tmp_path / "t.parquet", make_photos([{}, {}])
+    path.write_bytes(manifests.parquet_bytes(photos.drop_columns(["title", "reason"])))
+    read = manifests.read_table(path, FLICKR_PHOTOS)
+    assert read is not None
+    assert read.schema.equals(FLICKR_PHOTOS.schema)
+    assert read.equals(photos)
+    some = manifests.read_table(path, FLICKR_PHOTOS, ["photo_id", "title"])
+    assert some is not None
+    assert some.to_pydict() == {"photo_id": ["1000", "1001"], "title": [None, None]}
+
+
 def test_a_failing_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
