@@ -363,9 +363,7 @@ ABLATIONS = _dataset(
         _column("variant", pa.string(), "name in graft_pipeline.ablations"),
         _column("seed", pa.int64(), "seed of the training"),
         _column(
-            "run_id",
-            pa.string(),
-            "fingerprint of all that decides the row: it is kept while that is the same",
+            "setup_id", pa.string(), "fingerprint of what all variants share: recipe, code, models, benchmark"
         ),
         _column("snapshot", pa.string(), "fingerprint of the training set"),
         _column("train_tiles", pa.int64(), "tiles of its training split"),
