@@ -410,6 +410,7 @@ DATASETS: dict[str, Dataset] = {
         PAIRS,
         TRAINING_PAIRS,
         CHIP_EMBEDDINGS,
+        OSM_LABELS,
         ABLATIONS,
     )
 }

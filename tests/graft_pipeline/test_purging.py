@@ -20,7 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from graft_pipeline import ablations, chips, ground_images, pairing, photos, purging, sampling, training_sets
+from graft_pipeline import (
+    ablations,
+    chips,
+    ground_images,
+    pairing,
+    photos,
+    purging,
+    sampling,
+    schemas,
+    training_sets,
+)
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.imagery import Sensor
@@ -33,6 +43,7 @@ from graft_pipeline.schemas import (
     FLICKR_PHOTOS,
     GROUND_EMBEDDINGS,
     GROUND_IMAGES,
+    OSM_LABELS,
     OUTDOOR_PHOTOS,
     PAIRS,
     PURGED_OWNERS,
@@ -92,6 +103,8 @@ def sample(storage: Storage, key: str) -> None:
         for tile in tiles.to_pylist()
     ]
     storage.write(CHIP_EMBEDDINGS, pa.Table.from_pylist(rows, schema=CHIP_EMBEDDINGS.schema), **place)
+    labels = [{"tile_id": name, "labels": ["lake"], "shares": [1.0]} for name in tiles["tile_id"].to_pylist()]
+    storage.write(OSM_LABELS, pa.Table.from_pylist(labels, schema=OSM_LABELS.schema), **place)
 
 
 def collect(storage: Storage, make_photos: Callable[..., pa.Table]) -> None:
@@ -208,7 +221,14 @@ def test_a_purged_photo_is_nowhere_and_all_else_is_as_it_was(copy: Callable[[], 
     report = purge(storage, centre, other, "777", progress=lambda *at: seen.append(at))
     assert (report.photos, report.owners, report.regions, report.training_sets) == (3, 0, 1, 1)
     expected = {"flickr_photos": 2, "ground_images": 2, "ground_embeddings": 2, "outdoor_photos": 2}
-    assert report.rows == {**expected, "tiles": 1, "chips": 1, "chip_embeddings": 1, "pairs": 4}
+    assert report.rows == {
+        **expected,
+        "tiles": 1,
+        "chips": 1,
+        "chip_embeddings": 1,
+        "pairs": 4,
+        "osm_labels": 1,
+    }
     assert seen == [(1, 1)]
     assert not mentions(storage, centre, other)
     assert not latest.exists()
@@ -234,6 +254,18 @@ def ids_of(row: dict[str, Any]) -> set[str]:
     """Photos that a row names as its own."""
     tile = str(row.get("tile_id") or "").removeprefix("small-")
     return {tile, str(row.get("photo_id")), str(row.get("center_photo_id"))}
+
+
+def test_every_dataset_that_names_photos_is_looked_into() -> None:
+    of_photos = [
+        value
+        for value in vars(schemas).values()
+        if isinstance(value, schemas.Dataset) and {"photo_id", "tile_id"} & set(value.schema.names)
+    ]
+    assert len(of_photos) > 10
+    assert not [dataset.name for dataset in of_photos if dataset.name not in DATASETS]
+    # A tile's id starts with its sensor.
+    assert all("sensor" in value.partitions for value in of_photos if "tile_id" in value.schema.names)
 
 
 def test_a_dry_run_counts_the_same_and_changes_nothing(
