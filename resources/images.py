@@ -295,7 +295,8 @@ def encode(content: bytes) -> FetchedImage:
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ItemError("truncated", f"not decodable: {error}", is_permanent=False) from None
     if not is_kept:
-        image = _upright(_as_rgb(image).resize(target, Image.Resampling.LANCZOS), orientation)
+        # Hamming: half of Lanczos' time, which is most of an image's, and sharper than the area filter of others.
+        image = _upright(_as_rgb(image).resize(target, Image.Resampling.HAMMING), orientation)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
         content = buffer.getvalue()
