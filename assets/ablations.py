@@ -123,7 +123,7 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
             changed=changed,
             picture=previews.bars(means, title=f"{sensor.name}: ablations", ylabel="score"),
             setup_id=setup_id,
-            table=dg.MetadataValue.md(text),
+            scores=dg.MetadataValue.md(text),
             **{f"accuracy/{of['variant']}": round(of["accuracy"], 4) for of in summary},
         )
 
