@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.settings import Settings
 from resources.planet import process
 from resources.planet.process import PlanetServer, is_healthy, serve
+from resources.planet.world import World
 from resources.world import open_world
 
 
@@ -213,3 +215,13 @@ def test_the_planet_ends_when_the_run_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         run()
     assert not is_healthy(urls[0], timeout_s=1)
+
+
+def test_the_planets_present_is_a_setting() -> None:
+    (photo,) = World(0).photos_near(-71.8, 42.1, 2.0)[:1]
+    uploaded = datetime.fromtimestamp(int(photo["uploaded_at"]), UTC)
+    file = f"{photo['server']}/{photo['photo_id']}_{photo['secret']}_t.jpg"
+    for now, status in ((uploaded, 200), (uploaded - timedelta(seconds=1), 404)):
+        settings = Settings(_env_file=None, planet={"now": now.replace(tzinfo=None).isoformat()})
+        with open_world(settings) as world:
+            assert requests.get(f"{world.flickr_static_url}/{file}", timeout=30).status_code == status
