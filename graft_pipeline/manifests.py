@@ -111,17 +111,32 @@ def atomic_local_file(path: "UPath | Path") -> Iterator[Path]:
     final = Path(str(path))
     partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{_PARTIAL_SUFFIX}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(final)
+        with disk_full_explained(path):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_full_explained(path: "UPath | Path") -> Iterator[None]:
+    """Say what to do when the disk is full.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        ServiceError: if the disk is full; other errors pass.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ServiceError(
                 f"Disk full while writing {path}: free space and start the run again."
             ) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

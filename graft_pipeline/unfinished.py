@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from graft_pipeline.manifests import atomic_local_file, is_local, remove_partial_files
+from graft_pipeline.manifests import disk_full_explained, is_local
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -37,7 +37,6 @@ class Unfinished:
         """
         self._folder = folder / FOLDER
         self._is_local = is_local(folder)
-        remove_partial_files(self._folder)
         self._keys = self._found()
         if self._keys:
             logger.info("%d items of an interrupted run are at hand in %s", len(self._keys), folder)
@@ -67,8 +66,14 @@ class Unfinished:
         head = {"request": request, "sha256": hashlib.sha256(content).hexdigest(), "values": dict(values)}
         data = json.dumps(head).encode() + b"\n" + content
         if self._is_local:
-            with atomic_local_file(self._folder / key) as partial:
-                partial.write_bytes(data)
+            path = Path(str(self._folder)) / key
+            # Under its final name at once, as its hash tells whether it is whole: one file in place of a rename.
+            with disk_full_explained(path):
+                try:
+                    path.write_bytes(data)
+                except FileNotFoundError:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(data)
         else:
             remote = cast("UPath", self._folder / key)
             remote.fs.pipe_file(remote.path, data)

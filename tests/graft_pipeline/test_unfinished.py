@@ -39,7 +39,6 @@ def test_a_torn_item_is_none(tmp_path: Path, length: int) -> None:
     Unfinished(tmp_path).keep("a", "url", {"n": 1}, b"content")
     (file,) = (tmp_path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes()[:length])
-    (tmp_path / FOLDER / ".a.123.partial").write_bytes(b"half")
     unfinished = Unfinished(tmp_path)
     assert unfinished.take("a", "url") is None
     unfinished.keep("a", "url", {"n": 2})
