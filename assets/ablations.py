@@ -113,6 +113,7 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
                 trained = launch(context, world, training, report)
                 table = with_row(table, decided | results(trained, made, training.output))
                 changed |= storage.write(schemas.ABLATIONS, table, sensor=sensor.name)
+        table = storage.read(schemas.ABLATIONS, sensor=sensor.name)
         table = table.filter(pc.equal(table["setup_id"], setup_id))
         summary = rules_of_ablations.summarise(table)
         text = rules_of_ablations.to_markdown(summary)

@@ -3,6 +3,7 @@
 A variant is trained by assets/ablations.py; what fields of a configuration mean is said in training/loop.py.
 """
 
+import filecmp
 import os
 import shutil
 import statistics
@@ -282,7 +283,10 @@ def write_alt_texts(root: "UPath", snapshot: "UPath", embed: Embed) -> int:
                 f"No photo of {snapshot} has a title or tags: there is no alt-text to learn from."
             )
         matrix.flush()  # type: ignore[attr-defined]
-        publish(partial, snapshot / ALT_TEXTS)
+        target = snapshot / ALT_TEXTS
+        is_same = is_local(target) and target.exists() and filecmp.cmp(partial, str(target), shallow=False)
+        if not is_same:
+            publish(partial, target)
     return described
 
 
