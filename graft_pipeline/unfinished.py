@@ -36,6 +36,8 @@ class Unfinished:
             folder: the partition's folder; one process at a time works in it.
         """
         self._folder = folder / FOLDER
+        # Kept as a plain path: made anew for each item, paths would cost more than the writing.
+        self._local = Path(str(self._folder))
         self._is_local = is_local(folder)
         self._keys = self._found()
         if self._keys:
@@ -44,7 +46,7 @@ class Unfinished:
     def _found(self) -> set[str]:
         try:
             if self._is_local:
-                return {path.name for path in Path(str(self._folder)).iterdir()}
+                return {path.name for path in self._local.iterdir()}
             folder = cast("UPath", self._folder)
             folder.fs.invalidate_cache(folder.path)
             return {str(name).rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False)}
@@ -66,7 +68,7 @@ class Unfinished:
         head = {"request": request, "sha256": hashlib.sha256(content).hexdigest(), "values": dict(values)}
         data = json.dumps(head).encode() + b"\n" + content
         if self._is_local:
-            path = Path(str(self._folder)) / key
+            path = self._local / key
             # Under its final name at once, as its hash tells whether it is whole: one file in place of a rename.
             with disk_full_explained(path):
                 try:
@@ -116,12 +118,12 @@ class Unfinished:
         if self._is_local:
             # Of files that others put there the folder may keep its own.
             with contextlib.suppress(OSError):
-                Path(str(self._folder)).rmdir()
+                self._local.rmdir()
 
     def _remove(self, keys: Iterable[str]) -> None:
         if self._is_local:
             for key in keys:
-                (Path(str(self._folder)) / key).unlink(missing_ok=True)
+                (self._local / key).unlink(missing_ok=True)
             return
         folder = cast("UPath", self._folder)
         paths = [f"{folder.path}/{key}" for key in keys]
