@@ -382,18 +382,20 @@ def search_all(
     places = locations.select(["location_id", "lon_deg", "lat_deg", "radius_km"]).to_pylist()
     request = fingerprint(places, uploaded_from, filters)
     begun = unfinished.take("search", request)
-    if begun is None:
-        unfinished.keep("search", request, {"uploaded_to": uploaded_to.isoformat()})
-    else:
+    if begun is not None:
         uploaded_to = datetime.fromisoformat(begun[0]["uploaded_to"])
-    request = fingerprint(request, uploaded_to)
+    of_location = fingerprint(request, uploaded_to)
     for done, place in enumerate(places, start=1):
         key = f"location-{place['location_id']}"
-        kept = unfinished.take(key, request)
+        kept = unfinished.take(key, of_location)
         if kept is None:
             where = place["lon_deg"], place["lat_deg"], place["radius_km"]
             records = list(search(*where, uploaded_from, uploaded_to))
-            unfinished.keep(key, request, {}, json.dumps(records).encode())
+            if begun is None:
+                # Only with a first answer: a search that is refused leaves nothing.
+                begun = {"uploaded_to": uploaded_to.isoformat()}, b""
+                unfinished.keep("search", request, begun[0])
+            unfinished.keep(key, of_location, {}, json.dumps(records).encode())
         else:
             records = json.loads(kept[1])
         yield from records

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 # Before numpy or torch load: idle threads sleep, so tests that share cores do not slow each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -73,6 +74,8 @@ def s3_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             monkeypatch.setenv(name, value)
+        # moto's buckets outlive its servers.
+        requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
         boto3.client("s3").create_bucket(Bucket="graft")
         yield "s3://graft/team/data"
     finally:

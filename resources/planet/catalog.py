@@ -208,14 +208,15 @@ class Catalog:
         Returns:
             The scenes in the order of their ids.
         """
-        answers: dict[int, bool] = {}
+        # The footprint is kept beside its answer: the id of one that is gone may be that of the next.
+        answers: dict[int, tuple[Footprint, bool]] = {}
 
         def touches(scene: Scene) -> bool:
             # Hundreds of scenes share a footprint: ask once for each.
-            place = id(scene.footprint)
-            if place not in answers:
-                answers[place] = scene.footprint.polygon.intersects(region)
-            return answers[place]
+            footprint = scene.footprint
+            if id(footprint) not in answers:
+                answers[id(footprint)] = footprint, footprint.polygon.intersects(region)
+            return answers[id(footprint)][1]
 
         found = [scene for scene in self._mounted.get(collection, {}).values() if touches(scene)]
         if collection in self._procedural:
