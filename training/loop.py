@@ -67,6 +67,8 @@ class TrainConfig:
             paper.
         max_shift: largest move of a crop in x and y, as a share of its side; see `augment.random_crops`.
         validate_every: steps between validations, which are also the checkpoints.
+        keep: weights that are exported: `best`, of the least validation loss; or `last`, where the validation split
+            is so small that its loss says less than the end of the schedule.
         validation_tiles: at most so many tiles of the validation split are looked at.
         precision: `bf16` runs the encoder under autocast.
         accumulation_steps: parts that a step's batch is computed in, so that activations of one part are in
@@ -104,6 +106,7 @@ class TrainConfig:
     mask_shared_photos: bool = False
     max_shift: float = 0.5
     validate_every: int = 500
+    keep: Literal["best", "last"] = "best"
     validation_tiles: int = 512
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation_steps: int = 1
@@ -139,7 +142,8 @@ class TrainConfig:
             raise InputError(
                 "photo_weight and alt_text_weight of a TrainConfig must not be negative nor both 0."
             )
-        for name, known in (("level", ("image", "pixel")), ("precision", ("fp32", "bf16"))):
+        choices = {"level": ("image", "pixel"), "precision": ("fp32", "bf16"), "keep": ("best", "last")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} of a TrainConfig must be one of {', '.join(known)}.")
 
@@ -209,7 +213,8 @@ class TrainResult:
         history: per step: step, loss, learning_rate.
         validations: per validation: step and the fields of `Validation`; step 0 is the foundation model
             itself.
-        best_step: step of the exported weights: least validation loss, or the last step without a validation
+        best_step: step of the exported weights: least validation loss, or the last step if `keep` says so or
+            there is no validation
             split.
         train_tiles: tiles of the training split.
         train_photos: (tile, photo) pairs of the training split.
@@ -589,7 +594,7 @@ class _Trainer:
         )
         validation = Validation(loss, recalls[0], recalls[1], len(batch.chips), len(batch.photos))
         run.validations.append({"step": run.step, **asdict(validation)})
-        if run.step and loss < run.best_loss:
+        if run.step and (loss < run.best_loss or config.keep == "last"):
             run.best_step, run.best_loss = run.step, loss
         return validation
 

@@ -113,6 +113,16 @@ def test_validate_every(run, plain):
     assert [row["step"] for row in run(validate_every=1).validations] == [0, 1, 2, 3, 4]
 
 
+def test_keep(run):
+    # Long enough to learn the training tiles by heart: an earlier step is the best one.
+    options = {"learning_rate": 1e-2, "validate_every": 5, "steps": 60}
+    best, last = run(**options), run(keep="last", **options)
+    losses = {row["step"]: row["loss"] for row in best.validations if row["step"]}
+    assert best.best_step == min(losses, key=losses.get) < 60
+    assert last.best_step == 60
+    assert best.model_id != last.model_id
+
+
 def test_validation_tiles(run, plain):
     assert plain.validations[0]["tiles"] == 10
     assert run(validation_tiles=3).validations[0]["tiles"] == 3
