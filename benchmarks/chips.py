@@ -2,7 +2,9 @@
 
 `python benchmarks/chips.py [--chips N] [--latency-ms MS] [--sensor NAME] [--json FILE]`. A planet in its own process
 answers after the latency and refuses what exceeds the quota; the pipeline lists scenes, fetches chips, and stores them
-in shards, as the asset does. CPU seconds of both processes tell when the machine, not the service, is the limit.
+in shards, as the asset does. The same chips are fetched twice, into two folders: at first the planet builds its ground
+as it is asked for, which no service does, so the second time is the measure. CPU seconds of both processes tell when
+the machine, not the service, is the limit.
 """
 
 import argparse
@@ -69,6 +71,31 @@ def found_photos() -> pa.Table:
     return table.filter(pc.equal(table["status"], "ok"))
 
 
+def _fetch(
+    client: EarthEngine,
+    tiles: pa.Table,
+    listed: pa.Table,
+    usable: pa.Table,
+    sensor: Sensor,
+    concurrency: int,
+    folder: Path,
+) -> tuple[float, pa.Table]:
+    """Seconds, and rows of the index."""
+    started = time.perf_counter()
+    table, _ = chips.update(
+        tiles,
+        listed,
+        usable,
+        sensor,
+        folder,
+        client.get_chip,
+        concurrency=concurrency,
+        max_attempts=5,
+        today=datetime.now(UTC).date(),
+    )
+    return time.perf_counter() - started, table
+
+
 def measure(count: int, latency_ms: float, sensor: Sensor, folder: Path) -> dict[str, Any]:
     usable = found_photos()
     tiles = sampling.sample_tiles(usable, REGION, sensor, None).slice(0, count)
@@ -81,21 +108,12 @@ def measure(count: int, latency_ms: float, sensor: Sensor, folder: Path) -> dict
         settings = Settings(_env_file=None, world="planet", ee_url=planet.url, ee_project="planet")
         client = EarthEngine.from_settings(settings)
         listed = scenes.scene_rows(client.list_scenes(sensor, REGION.bounds), sensor)
+        first_wall_s, table = _fetch(client, tiles, listed, usable, sensor, concurrency, folder / "first")
         asked, planet_cpu = client.requests, cpu_s(planet.pid)
-        own_cpu, started = time.process_time(), time.perf_counter()
+        own_cpu = time.process_time()
         with Peak(os.getpid(), planet.pid) as peak:
-            table, _ = chips.update(
-                tiles,
-                listed,
-                usable,
-                sensor,
-                folder,
-                client.get_chip,
-                concurrency=concurrency,
-                max_attempts=5,
-                today=datetime.now(UTC).date(),
-            )
-        wall_s, own_cpu = time.perf_counter() - started, time.process_time() - own_cpu
+            wall_s, table = _fetch(client, tiles, listed, usable, sensor, concurrency, folder / "second")
+        own_cpu = time.process_time() - own_cpu
         planet_cpu, stats = cpu_s(planet.pid) - planet_cpu, planet.stats()
     stored = pc.sum(pc.equal(table["status"], "ok")).as_py()
     limit = min(quota, concurrency / (latency_ms / 1000)) if latency_ms else quota
@@ -104,6 +122,7 @@ def measure(count: int, latency_ms: float, sensor: Sensor, folder: Path) -> dict
         "chips": count,
         "stored": stored,
         "wall_s": wall_s,
+        "first_chips_per_s": count / first_wall_s,
         "chips_per_s": count / wall_s,
         "limit_per_s": limit,
         "share_of_limit": count / wall_s / limit,
@@ -115,7 +134,7 @@ def measure(count: int, latency_ms: float, sensor: Sensor, folder: Path) -> dict
         "cores_for_limit": (own_cpu + planet_cpu) / count * limit,
         "peak_mb": peak.megabytes[0],
         "planet_peak_mb": peak.megabytes[1],
-        "megabytes_stored": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+        "megabytes_stored": sum(file.stat().st_size for file in (folder / "second").iterdir()) / 1e6,
         "load_average": os.getloadavg()[0],
         "cores": os.cpu_count(),
     }
@@ -133,6 +152,7 @@ def main() -> None:
         row = measure(arguments.chips, arguments.latency_ms, sensor, Path(folder) / "chips")
     print(f"{row['chips']} {row['sensor']} chips, {arguments.latency_ms:g} ms latency, {row['wall_s']:.1f} s")
     print(f"{'chips a second':<28}{row['chips_per_s']:>9.1f}   limit {row['limit_per_s']:.0f}")
+    print(f"{'the first time':<28}{row['first_chips_per_s']:>9.1f}")
     print(f"{'share of the limit':<28}{row['share_of_limit']:>9.1%}   target 90 %")
     print(f"{'requests a chip':<28}{row['requests_per_chip']:>9.4f}   target 1.01; refused: {row['refused']}")
     print(f"{'stored':<28}{row['stored']:>9}   {row['megabytes_stored']:.0f} MB")
