@@ -34,7 +34,7 @@ ui: $(READY)
 		$(BIN)/dagster dev -w workspace.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not browser" $(ARGS)
+	$(BIN)/python -m pytest -m "not browser" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser $(ARGS)
