@@ -392,6 +392,37 @@ OSM_LABELS = _dataset(
     partitions=("sensor", "region"),
 )
 
+#: What a search answers (graft_pipeline/search.py), best first; no dataset of the storage root.
+SEARCH_RESULTS = _dataset(
+    "search_results",
+    [
+        _TILE_ID,
+        _column("region", pa.string(), "region of the tile"),
+        _column("center_lon_deg", pa.float64(), "longitude of the tile's centre"),
+        _column("center_lat_deg", pa.float64(), "latitude of the tile's centre"),
+        _column("acquired_at_utc", UTC, "when the chip's scene was acquired"),
+        _column("scene_id", pa.string(), "scene of the chip"),
+        _column("score", pa.float32(), "cosine of the chip's embedding and the query"),
+    ],
+    key=("tile_id",),
+    partitions=(),
+)
+
+
+def search_part(width: int) -> pa.Schema:
+    """Schema of one region's part of a search index, an Arrow file beside the sensor's other parts.
+
+    Args:
+        width: dimensions of the embeddings.
+
+    Returns:
+        The rows of SEARCH_RESULTS without region and score, and the embedding, L2-normalised.
+    """
+    fields = [field for field in SEARCH_RESULTS.schema if field.name not in ("region", "score")]
+    vector = pa.list_(pa.field("element", pa.float32(), nullable=False), width)
+    return pa.schema([*fields, _column("embedding", vector, "f_S^I of the chip's central crop, L2-normalised")])
+
+
 #: Every dataset that `graft query` opens as a view.
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
