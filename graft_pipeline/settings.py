@@ -183,6 +183,15 @@ class Settings(BaseSettings):
     #: Where published datasets lie, by name: `{"eurosat": "/data/EuroSAT"}`; each becomes an asset of `evaluation`.
     evaluation_data: dict[str, Path] = Field(default_factory=dict)
 
+    # --- questions ---
+    #: Any OpenAI-compatible endpoint whose model writes programs for questions, such as http://localhost:11434/v1;
+    #: unset: questions of the embedded grammar only.
+    answer_url: str | None = None
+    answer_model: str | None = None
+    answer_key: SecretStr | None = None
+    answer_max_tokens: int = Field(400, gt=0)
+    answer_timeout_s: float = Field(60.0, gt=0)
+
     # --- pairs ---
     sensors: tuple[SensorSettings, ...] = ()
     photos_per_tile: int = Field(25, gt=0)
@@ -223,6 +232,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 "GRAFT_TRAINING_LAUNCHER=kubernetes needs GRAFT_KUBERNETES__IMAGE, an image with this project"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _an_endpoint_has_a_model(self) -> "Settings":
+        if self.answer_url and not self.answer_model:
+            raise ValueError("GRAFT_ANSWER_URL needs GRAFT_ANSWER_MODEL, a model of that endpoint")
         return self
 
     @property

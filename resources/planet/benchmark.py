@@ -129,7 +129,7 @@ def build_benchmark(
     grids = [grid_at(place) for places in labelled.values() for place in places]
     labels = np.repeat(np.arange(len(labelled)), [len(places) for places in labelled.values()])
     mask_grids = [grid_at(place) for place in stratified]
-    pixels = _fetch(imagery, sensor, bounds, [*grids, *mask_grids], progress)
+    pixels = fetch_crops(imagery, sensor, bounds, [*grids, *mask_grids], progress)
     kept = np.array([array is not None for array in pixels], bool)
     if not kept.all():
         logger.warning(
@@ -149,11 +149,12 @@ def build_benchmark(
         if kept[split:].any()
         else empty,
         masks=np.stack([truth.land_cover(g) for g, k in zip(mask_grids, kept[split:], strict=True) if k]),
-        squares=np.array([_square(g) for g, k in zip([*grids, *mask_grids], kept, strict=True) if k]),
+        squares=np.array([square_of(g) for g, k in zip([*grids, *mask_grids], kept, strict=True) if k]),
     )
 
 
-def _square(grid: Grid) -> tuple[float, float, float, float]:
+def square_of(grid: Grid) -> tuple[float, float, float, float]:
+    """West, south, east, north of a crop, EPSG:4326 degrees."""
     lon, lat = Projection(grid.epsg).inverse(*grid.outline_m())
     return float(lon.min()), float(lat.min()), float(lon.max()), float(lat.max())
 
@@ -223,14 +224,25 @@ def _stratified_places(cover: np.ndarray, classes: int, count: int, rng: np.rand
     return np.concatenate(places)
 
 
-def _fetch(
+def fetch_crops(
     imagery: ImagerySource,
     sensor: Sensor,
     bounds: tuple[float, float, float, float],
     grids: list[Grid],
     progress: Callable[[int, int], None] | None,
 ) -> list[np.ndarray | None]:
-    """Fetch a crop for every grid: (P, P, 3) uint8, None where no scene has all its pixels."""
+    """Fetch a crop for every grid.
+
+    Args:
+        imagery: the client that chips come through.
+        sensor: the sensor.
+        bounds: (west, south, east, north) of the area that the grids lie in, EPSG:4326.
+        grids: the crops' grids.
+        progress: told (done, total).
+
+    Returns:
+        (P, P, 3) uint8 RGB each, None where no scene has all its pixels.
+    """
     listed = scene_rules.scene_rows(imagery.list_scenes(sensor, bounds), sensor)
     candidates = scene_rules.candidates_for_grids(
         grids, [REFERENCE_DATE] * len(grids), listed, sensor, scene_rules.most_candidates(sensor)
