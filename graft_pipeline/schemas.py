@@ -3,7 +3,8 @@
 How a table is written and read is in manifests.py; what the rows obey beyond their types, in assets/checks.py.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -49,8 +50,9 @@ def _dataset(
     key: Sequence[str],
     partitions: Sequence[str],
     order: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Dataset:
-    return Dataset(name, pa.schema(columns), tuple(key), tuple(order or key), tuple(partitions))
+    return Dataset(name, pa.schema(columns, metadata), tuple(key), tuple(order or key), tuple(partitions))
 
 
 _PHOTO_ID = _column("photo_id", pa.string(), "Flickr's id of the photo")
@@ -392,6 +394,36 @@ OSM_LABELS = _dataset(
     partitions=("sensor", "region"),
 )
 
+#: Its files are GeoParquet as they lie: the standard wants this key in a file's metadata, and means EPSG:4326 where no
+#: CRS is named (geoparquet.org/releases/v1.1.0).
+_GEOPARQUET = {
+    "version": "1.1.0",
+    "primary_column": "outline_wkb",
+    "columns": {"outline_wkb": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
+}
+
+CONCEPT_MAPS = _dataset(
+    "concept_maps",
+    [
+        _column("concept", pa.string(), "what was asked for, in words"),
+        _column("cell_id", pa.string(), "H3 index, or side, row and column of a square"),
+        _column("center_lon_deg", pa.float64(), "longitude of the cell's centre"),
+        _column("center_lat_deg", pa.float64(), "latitude of the cell's centre"),
+        _column("tiles", pa.int64(), "tiles whose centres lie in the cell, at least one"),
+        _column("hits", pa.int64(), "tiles among them whose contrast reaches the threshold"),
+        _column("share", pa.float64(), "hits by tiles: what maps show"),
+        _column("mean_score", pa.float64(), "mean cosine of the tiles' embeddings and the words'"),
+        _column("mean_contrast", pa.float64(), "mean contrast: standard deviations above the sensor's mean tile"),
+        _column("threshold", pa.float64(), "contrast from which a tile is a hit"),
+        _column("best_tile_id", pa.string(), "tile of greatest score in the cell"),
+        _column("best_score", pa.float32(), "its cosine"),
+        _column("outline_wkb", pa.binary(), "the cell's polygon, EPSG:4326; two across the antimeridian"),
+    ],
+    key=("concept", "cell_id"),
+    partitions=("sensor",),
+    metadata={"geo": json.dumps(_GEOPARQUET)},
+)
+
 #: What a search answers (graft_pipeline/search.py), best first; no dataset of the storage root.
 SEARCH_RESULTS = _dataset(
     "search_results",
@@ -443,5 +475,6 @@ DATASETS: dict[str, Dataset] = {
         CHIP_EMBEDDINGS,
         OSM_LABELS,
         ABLATIONS,
+        CONCEPT_MAPS,
     )
 }
