@@ -15,7 +15,9 @@ import pyarrow as pa
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.geometry import transformer
 from graft_pipeline.manifests import columns
-from graft_pipeline.schemas import CONCEPT_MAPS
+from graft_pipeline.progress import Report
+from graft_pipeline.schemas import CONCEPT_MAPS, SEARCH_RESULTS
+from graft_pipeline.search import Filters, SearchIndex
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Keys = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+#: Contrasts at which hits are counted, so that a reader of a map may choose among them.
+LADDER = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 #: Contrast from which a tile is a hit: so many standard deviations above the background's mean.
 THRESHOLD = 1.0
 #: Finest and coarsest H3 resolution. Coarser hexagons can hold a pole, finer ones hold less than a tile.
@@ -306,18 +310,19 @@ class ConceptMaps:
 
 
 def map_concepts(
-    scores: Mapping[str, pa.Table],
-    cells: Cells,
+    tiles: pa.Table,
+    scores: Mapping[str, npt.NDArray[np.float32]],
     backgrounds: Mapping[str, Background],
+    cells: Cells,
     threshold: float = THRESHOLD,
 ) -> ConceptMaps:
     """Count what tiles score, cell by cell.
 
     Args:
-        scores: by concept, SEARCH_RESULTS rows of every tile that is to be mapped; the same tiles in the same
-            order for each.
-        cells: the grid.
+        tiles: SEARCH_RESULTS rows of the N tiles that are to be mapped; their scores are not looked at.
+        scores: by concept, (N,) cosines of the tiles.
         backgrounds: by concept, of every tile of the sensor.
+        cells: the grid.
         threshold: contrast from which a tile is a hit.
 
     Returns:
@@ -325,46 +330,80 @@ def map_concepts(
 
     Raises:
         InputError: if no concept is given, or the threshold is not finite.
-        DataError: if concepts were scored on different tiles.
+        DataError: if there are not as many scores as tiles.
     """
     if not scores:
         raise InputError('Name what is to be mapped, such as "farmland".')
     if not math.isfinite(threshold):
         raise InputError(f"A threshold of {threshold} counts nothing: give standard deviations, such as 1.")
-    concepts = tuple(scores)
-    first = scores[concepts[0]]
-    for concept in concepts[1:]:
-        if not scores[concept]["tile_id"].combine_chunks().equals(first["tile_id"].combine_chunks()):
+    for concept, values in scores.items():
+        if values.shape != (tiles.num_rows,):
             raise DataError(
-                f"{concept!r} and {concepts[0]!r} were scored on different tiles: score them again."
+                f"{concept!r} has scores of shape {values.shape} for {tiles.num_rows} tiles: score them again."
             )
-    lon, lat = columns(first, "center_lon_deg", "center_lat_deg")
+    lon, lat = columns(tiles, "center_lon_deg", "center_lat_deg")
     keys, cell_of = np.unique(cells.keys(lon, lat), return_inverse=True)
-    tiles = np.bincount(cell_of, minlength=len(keys))
-    # What a reader of a map may choose from.
-    thresholds = tuple(sorted({0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, float(threshold)}))
-    matrix = np.stack([scores[concept]["score"].to_numpy().astype(np.float32) for concept in concepts])
-    kept = tuple(backgrounds[concept] for concept in concepts)
-    counts = np.zeros((len(concepts), len(keys), len(thresholds)), np.int64)
-    mean_score, mean_contrast = np.zeros((2, len(concepts), len(keys)))
-    best = np.zeros((len(concepts), len(keys)), np.int64)
+    of_cell = np.bincount(cell_of, minlength=len(keys))
+    thresholds = tuple(sorted({*LADDER, float(threshold)}))
+    levels = len(thresholds) + 1
+    matrix = np.stack([np.asarray(values, np.float32) for values in scores.values()])
+    kept = tuple(backgrounds[concept] for concept in scores)
+    counts = np.zeros((len(matrix), len(keys), len(thresholds)), np.int64)
+    mean_score, mean_contrast = np.zeros((2, len(matrix), len(keys)))
+    best = np.zeros((len(matrix), len(keys)), np.int64)
     for number, (values, background) in enumerate(zip(matrix, kept, strict=True)):
         contrast = background.contrast(values)
         level = np.searchsorted(thresholds, contrast, side="right")
-        of_level = np.bincount(
-            cell_of * (len(thresholds) + 1) + level, minlength=len(keys) * (len(thresholds) + 1)
-        ).reshape(len(keys), -1)
-        # Level t holds the tiles that reach t thresholds: those from the t-th on are all above.
+        of_level = np.bincount(cell_of * levels + level, minlength=len(keys) * levels).reshape(-1, levels)
+        # A tile of level t reaches the first t thresholds: the (t+1)-th is reached by levels above t.
         counts[number] = of_level[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
-        mean_score[number] = np.bincount(cell_of, values, len(keys)) / tiles
-        mean_contrast[number] = np.bincount(cell_of, contrast, len(keys)) / tiles
-        # Last one wins: the greatest score, and of equal ones the first row.
+        mean_score[number] = np.bincount(cell_of, values, len(keys)) / of_cell
+        mean_contrast[number] = np.bincount(cell_of, contrast, len(keys)) / of_cell
+        # The last to be written stays: the greatest score, and of equal ones the first row.
         order = np.lexsort((-np.arange(len(values)), values))
         best[number, cell_of[order]] = order
     return ConceptMaps(
-        *(cells, keys, tiles, concepts, kept, thresholds, float(threshold)),
-        *(counts, mean_score, mean_contrast, best, matrix, first.drop_columns(["score"])),
+        *(cells, keys, of_cell, tuple(scores), kept, thresholds, float(threshold)),
+        *(counts, mean_score, mean_contrast, best, matrix, tiles.drop_columns(["score"])),
     )
+
+
+def map_vectors(
+    index: SearchIndex,
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    cells: Cells,
+    filters: Filters | None = None,
+    threshold: float = THRESHOLD,
+    progress: Report | None = None,
+) -> ConceptMaps:
+    """Map what vectors find among an index's tiles, against the background of all of them.
+
+    Args:
+        index: the sensor's search index.
+        vectors: by concept, (D,) float32, L2-normalised; of words, see training/zero_shot/queries.py.
+        cells: the grid.
+        filters: which tiles are mapped; None: all.
+        threshold: contrast from which a tile is a hit.
+        progress: called with (done, total) concepts.
+
+    Returns:
+        The maps.
+
+    Raises:
+        InputError: if no concept is given, a vector has another width, or the index is empty.
+    """
+    tiles = SEARCH_RESULTS.empty()
+    scores: dict[str, npt.NDArray[np.float32]] = {}
+    backgrounds: dict[str, Background] = {}
+    for done, (concept, vector) in enumerate(vectors.items(), start=1):
+        tiles = index.scores(vector)
+        backgrounds[concept] = Background.of(tiles["score"].to_numpy())
+        if filters is not None:
+            tiles = index.scores(vector, filters)
+        scores[concept] = tiles["score"].to_numpy()
+        if progress:
+            progress(done, len(vectors))
+    return map_concepts(tiles, scores, backgrounds, cells, threshold)
 
 
 def to_table(maps: ConceptMaps) -> pa.Table:

@@ -57,9 +57,8 @@ def mapped(
     places: list[tuple[float, float, float]], cells: Cells, threshold: float = THRESHOLD
 ) -> ConceptMaps:
     table = results(places)
-    return map_concepts(
-        {"farmland": table}, cells, {"farmland": Background.of(table["score"].to_numpy())}, threshold
-    )
+    scores = table["score"].to_numpy()
+    return map_concepts(table, {"farmland": scores}, {"farmland": Background.of(scores)}, cells, threshold)
 
 
 @given(PLACES, GRIDS)
@@ -125,7 +124,8 @@ def test_squares_cover_the_same_ground_at_every_latitude() -> None:
 def test_contrast_is_told_from_every_tile_of_the_sensor_not_from_those_that_are_mapped() -> None:
     everywhere = results([(-70.0, 42.0, score) for score in (0.1, 0.2, 0.3, 0.4)])
     background = Background.of(everywhere["score"].to_numpy())
-    maps = map_concepts({"lake": everywhere.slice(3)}, Hexagons(), {"lake": background})
+    last = everywhere.slice(3)
+    maps = map_concepts(last, {"lake": last["score"].to_numpy()}, {"lake": background}, Hexagons())
     assert maps.mean_contrast[0, 0] == pytest.approx(0.15 / np.std([0.1, 0.2, 0.3, 0.4]), abs=1e-6)
     assert maps.share.tolist() == [[1.0]]
     assert maps.best_tiles(0, 5) == [(0, pytest.approx(maps.mean_contrast[0, 0]))]
@@ -139,14 +139,13 @@ def test_tiles_that_all_look_alike_are_no_hits() -> None:
 
 def test_what_cannot_be_mapped_is_refused_with_a_remedy() -> None:
     table = results([(-70.0, 42.0, 0.3)])
-    background = Background.of([0.1, 0.3])
-    for scores, threshold in (({}, 1.0), ({"lake": table}, float("nan"))):
+    scores = {"lake": table["score"].to_numpy()}
+    backgrounds = {"lake": Background.of([0.1, 0.3])}
+    for given_scores, threshold in (({}, 1.0), (scores, float("nan"))):
         with pytest.raises(InputError):
-            map_concepts(scores, Hexagons(), {"lake": background}, threshold)
-    with pytest.raises(DataError, match="different tiles"):
-        map_concepts(
-            {"lake": table, "beach": table.slice(1)}, Hexagons(), {"lake": background, "beach": background}
-        )
+            map_concepts(table, given_scores, backgrounds, Hexagons(), threshold)
+    with pytest.raises(DataError, match="score them again"):
+        map_concepts(table.slice(1), scores, backgrounds, Hexagons())
     with pytest.raises(InputError, match="index a region"):
         Background.of([])
     for make in (lambda: Hexagons(2), lambda: Hexagons(11), lambda: Squares(0.0)):
