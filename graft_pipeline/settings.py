@@ -4,6 +4,7 @@ Secrets are SecretStr and come from nowhere else. What single assets may be aske
 """
 
 import os
+import re
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -132,6 +133,8 @@ class Settings(BaseSettings):
     uploaded_from: str = "2004-02-10"
 
     # --- images ---
+    #: Hosts that ground images are fetched from, with their subdomains; at public addresses, except on the planet.
+    image_hosts: tuple[str, ...] = ("staticflickr.com",)
     image_concurrency: int = Field(16, gt=0)
     #: Requests a second to one image host.
     image_requests_per_second: int = Field(50, gt=0)
@@ -201,6 +204,13 @@ class Settings(BaseSettings):
     #: None: production if keys are set, the planet if none is.
     world: Literal["production", "planet"] | None = None
     planet: PlanetSettings = PlanetSettings()
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if bad := [host for host in value if not re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", host)]:
+            raise ValueError(f"{', '.join(bad)} is no host name such as staticflickr.com")
+        return value
 
     @field_validator("grid_deg")
     @classmethod

@@ -40,6 +40,7 @@ from resources.imagery import (
     transport_failure,
     widened,
 )
+from resources.rasters import MAX_BLOCK_BYTES, block_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -541,7 +542,7 @@ def decode_bands(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
         raise TransientError("invalid_pixels", f"{len(content)} bytes of {kind} instead of pixels")
     try:
         table = npy.read_array(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:
         raise TransientError("truncated", f"the NPY cannot be read: {error}") from None
     shape, wanted = table.shape, (grid.height_px, grid.width_px)
     if set(table.dtype.names or ()) != set(sensor.requested_bands) or shape != wanted:
@@ -560,6 +561,8 @@ def _mismatch(source: Any, sensor: Sensor, grid: Grid) -> str | None:
     kinds = set(source.dtypes)
     if len(kinds) != 1 or (sensor.display_range is None and kinds != {"uint8"}):
         return f"bands of type {sorted(kinds)}"
+    if (size := block_bytes(source)) > MAX_BLOCK_BYTES:
+        return f"blocks of {size} bytes"
     if source.crs != _crs(grid.epsg):
         return f"CRS {source.crs} instead of {grid.crs}"
     # Exact but for a millionth of a pixel, which another order of the same arithmetic may cost.

@@ -11,6 +11,7 @@ import math
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +22,14 @@ from graft_pipeline.settings import Settings
 from resources.http import (
     TRANSIENT_STATUSES,
     USER_AGENT,
+    BodyTooLargeError,
     Redaction,
     Retries,
     TransientError,
     host_of,
     is_http_url,
     parse_retry_after,
+    read_body,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ PAGE_SIZE = 250
 RESULT_LIMIT = 4000
 #: A query that announces more than this is split by upload time; `total` is an estimate, hence the distance.
 SPLIT_ABOVE = 3500
+#: Largest answer that is read, bytes; a page of 250 photos is about 250 kB.
+MAX_BYTES = 1 << 24
 #: Radius of a search must stay below, kilometres.
 MAX_RADIUS_KM = 32.0
 #: What graft_pipeline.photos reads of a record.
@@ -348,8 +353,8 @@ class FlickrClient:
             failure = TransientError("connection", _cause(error), is_unreachable=True)
         except requests.exceptions.RequestException as error:
             failure = TransientError("connection", f"the answer broke off ({type(error).__name__})")
-        except (ValueError, AttributeError, KeyError):
-            # flickrapi parses JSON without checks: HTML, a cut text, a list, a failure without a code.
+        except (ValueError, AttributeError, KeyError, RecursionError):
+            # flickrapi parses JSON without checks: HTML, a cut text, a list, a failure without a code, a nest.
             failure = TransientError(
                 "unreadable", "the answer is no JSON of Flickr's; is a proxy in between?"
             )
@@ -379,9 +384,10 @@ class FlickrClient:
         )
 
     def _check_status(self, response: Any, **_: Any) -> None:
-        """Response hook: sees status and headers, which flickrapi drops, before it logs the body."""
+        """Response hook: sees status and headers, which flickrapi drops, before the body is read or logged."""
         status = response.status_code
         if status == 200:
+            self._read_body(response)
             return
         response.close()
         what = f"HTTP {status}"
@@ -394,6 +400,20 @@ class FlickrClient:
         if status in (401, 403):
             raise _refused(what)
         raise ServiceError(f"Flickr ({host_of(self._url)}) answers {what}: check GRAFT_FLICKR_URL.")
+
+    def _read_body(self, response: Any) -> None:
+        """Read a body within limits; requests has none, and would wait for a dripping server for ever."""
+        try:
+            # Where requests keeps a body that was read.
+            response._content = read_body(response.raw, MAX_BYTES, 3 * self._timeout_s, time.monotonic())
+        except BodyTooLargeError as error:
+            raise TransientError("unreadable", f"the answer is too large ({error})") from None
+        except TimeoutError as error:
+            raise TransientError("timeout", str(error), is_unreachable=True) from None
+        except ConnectionError as error:
+            raise TransientError("connection", f"the answer broke off ({error})") from None
+        response._content_consumed = True
+        response.raw.release_conn()
 
     def _paced_api(self) -> Any:
         """The flickrapi object, once the pace allows one more call."""

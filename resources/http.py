@@ -218,32 +218,12 @@ class HttpPool:
             )
         except urllib3.exceptions.HTTPError as error:
             raise _as_builtin(error, ConnectionError) from error
-        try:
-            announced = response.headers.get("content-length", "")
-            if announced.isdigit() and int(announced) > max_bytes:
-                raise BodyTooLargeError(f"{announced} bytes announced, {max_bytes} accepted")
-            content = bytearray()
-            # read1 returns after each packet: a server that drips bytes cannot outlast the deadline.
-            while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
-                content += chunk
-                if len(content) > max_bytes:
-                    raise BodyTooLargeError(f"more than the accepted {max_bytes} bytes")
-                if time.monotonic() - started > self._deadline_s:
-                    raise TimeoutError(f"no complete answer within {self._deadline_s:g} s")
-        except urllib3.exceptions.HTTPError as error:
-            response.close()
-            raise _as_builtin(error, BrokenBodyError) from error
-        except (BodyTooLargeError, TimeoutError):
-            response.close()
-            raise
+        content = read_body(response, max_bytes, self._deadline_s, started)
         response.release_conn()
         is_chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
+        is_announced = response.headers.get("content-length", "").isdigit()
         return Answer(
-            response.status,
-            response.reason or "",
-            response.headers,
-            bytes(content),
-            announced.isdigit() or is_chunked,
+            response.status, response.reason or "", response.headers, content, is_announced or is_chunked
         )
 
     def close(self) -> None:
@@ -273,6 +253,44 @@ class HttpPool:
                     manager = urllib3.ProxyManager(proxy, **options)
                 self._managers[proxy] = manager
             return manager
+
+
+def read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: float, started: float) -> bytes:
+    """Read an answer's body to its end, within limits; a body beyond them is not read on.
+
+    Args:
+        response: of urllib3, its headers read.
+        max_bytes: largest decoded body that is accepted.
+        deadline_s: limit of the whole answer.
+        started: when the request was sent, on the clock of `time.monotonic`.
+
+    Returns:
+        The decoded body.
+
+    Raises:
+        TimeoutError: if the server stays silent, or needs longer than the deadline.
+        BrokenBodyError: if the body broke off or cannot be decoded.
+        BodyTooLargeError: if it exceeds `max_bytes`.
+    """
+    try:
+        announced = response.headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > max_bytes:
+            raise BodyTooLargeError(f"{announced} bytes announced, {max_bytes} accepted")
+        content = bytearray()
+        # read1 returns after each packet: a server that drips bytes cannot outlast the deadline.
+        while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
+            content += chunk
+            if len(content) > max_bytes:
+                raise BodyTooLargeError(f"more than the accepted {max_bytes} bytes")
+            if time.monotonic() - started > deadline_s:
+                raise TimeoutError(f"no complete answer within {deadline_s:g} s")
+    except urllib3.exceptions.HTTPError as error:
+        response.close()
+        raise _as_builtin(error, BrokenBodyError) from error
+    except (BodyTooLargeError, TimeoutError):
+        response.close()
+        raise
+    return bytes(content)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -320,6 +338,15 @@ def host_of(url: str) -> str:
         return urlsplit(url).netloc.rpartition("@")[2] or url
     except ValueError:
         return url
+
+
+def is_private_host(url: str) -> bool:
+    """Whether the host of a URL resolves, here and now, to an address that is not public; False without a host."""
+    try:
+        found = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        return False
+    return any(not ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)
 
 
 def is_http_url(url: str) -> bool:

@@ -8,6 +8,7 @@ import logging
 import re
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urljoin
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 20_000_000
 #: Largest image that is decoded, pixels: its header tells before anything is decoded.
 MAX_PIXELS = 50_000_000
+#: Scans of a JPEG that is decoded: progressive ones have about ten, and each costs a pass over all pixels.
+MAX_SCANS = 64
 #: An image without this many pixels on its shorter side shows nothing: tracking pixels, spacers.
 MIN_SIDE_PX = 32
 #: Images are reduced to this shorter side, pixels; the foundation model looks at 224.
@@ -50,6 +53,7 @@ SAME_BODY_LIMIT = 3
 #: What Flickr redirects to, or serves, in place of a photo that was removed.
 _PLACEHOLDER = "photo_unavailable"
 _EXIF_ORIENTATION = 0x0112
+_START_OF_SCAN = b"\xff\xda"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
@@ -61,6 +65,9 @@ class ImageFetcher:
 
     Args:
         static_url: where URLs of Flickr's image hosts are fetched from instead; None: as they are given.
+        hosts: names of the image hosts; their subdomains are allowed too.
+        public_only: refuse addresses in private, loopback or link-local networks; unless given, those of
+            Flickr's own hosts.
         concurrency: number of threads that will use the object; a host has no more connections.
         requests_per_second: pace of the requests to one host; None: as fast as it goes.
         timeout_s: limit of one connect, and of each wait for bytes.
@@ -74,6 +81,8 @@ class ImageFetcher:
         self,
         *,
         static_url: str | None = None,
+        hosts: Sequence[str] = ("staticflickr.com",),
+        public_only: bool | None = None,
         concurrency: int = 16,
         requests_per_second: int | None = None,
         timeout_s: float = 30.0,
@@ -82,12 +91,15 @@ class ImageFetcher:
         if static_url is not None and not is_http_url(static_url):
             raise SettingsError(f"{static_url!r} is no http(s) URL: correct GRAFT_FLICKR_STATIC_URL.")
         self._static_url = static_url.rstrip("/") if static_url is not None else None
+        self._url_form = _url_form(hosts)
         self.concurrency = concurrency
         self._retries = retries or Retries()
         self._requests_per_second = requests_per_second
         self._paces: dict[str, Pace] = {}
         self._lock = threading.Lock()
-        self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s, public_only=static_url is None)
+        if public_only is None:
+            public_only = static_url is None
+        self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s, public_only=public_only)
         host = self._static_url or "https://live.staticflickr.com"
         self._breaker = Breaker("Flickr's image host", host, limit=max(20, 2 * concurrency))
 
@@ -96,11 +108,14 @@ class ImageFetcher:
         """The fetcher of a deployment.
 
         Args:
-            settings: names the static URL, concurrency, pace and timeout.
+            settings: names the static URL, hosts, concurrency, pace and timeout; only the planet may be at a
+                private address.
             retries: attempts and waits per photo.
         """
         return cls(
             static_url=settings.flickr_static_url,
+            hosts=settings.image_hosts,
+            public_only=not settings.is_planet,
             concurrency=settings.image_concurrency,
             requests_per_second=settings.image_requests_per_second,
             timeout_s=settings.image_timeout_s,
@@ -123,7 +138,7 @@ class ImageFetcher:
         """Fetch one photo, check that it is whole, and reduce it.
 
         Args:
-            url: an https URL of *.staticflickr.com.
+            url: an https URL of an image host.
 
         Returns:
             The photo as RGB JPEG, upright, with a shorter side of at most 256 px. A file that is so already
@@ -228,16 +243,20 @@ class ImageFetcher:
 
     def _address(self, url: str) -> str | None:
         """Where a URL of Flickr's hosts is really fetched from; None if it is no such URL."""
-        match = _FLICKR_URL.fullmatch(url)
+        match = self._url_form.fullmatch(url)
         if match is None or ".." in match[1].split("/"):
             return None
         return url if self._static_url is None else self._static_url + match[1]
 
 
-#: Strict, so that no two parsers can read different hosts out of one URL.
-_FLICKR_URL = re.compile(
-    r"https://(?:[a-z0-9-]+\.)*staticflickr\.com(?::443)?(/[\w./~%+-]*)(?:\?[\w=&.-]*)?", re.ASCII
-)
+def _url_form(hosts: Sequence[str]) -> re.Pattern[str]:
+    """The URLs of some hosts; strict, so that no two parsers can read different hosts out of one URL."""
+    names = "|".join(re.escape(host) for host in hosts)
+    return re.compile(
+        rf"https://(?:[a-z0-9-]+\.)*(?:{names})(?::443)?(/[\w./~%+-]*)(?:\?[\w=&.-]*)?", re.ASCII
+    )
+
+
 _HEADERS = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
@@ -274,7 +293,11 @@ def encode(content: bytes) -> FetchedImage:
         raise ItemError("too_small", f"{width} x {height} px", is_permanent=True)
     # A multi-picture JPEG holds further views of a still photo: its first picture is the photo.
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ItemError("animated", f"{image.n_frames} frames", is_permanent=True)
+        # Not how many: to count a GIF's is to read them all.
+        raise ItemError("animated", "more than one frame", is_permanent=True)
+    # Within a scan's data the marker cannot occur; other pictures of the file count as well.
+    if image.format in ("JPEG", "MPO") and (scans := content.count(_START_OF_SCAN)) > MAX_SCANS:
+        raise ItemError("too_large", f"{scans} scans", is_permanent=True)
     is_jpeg = image.format == "JPEG"
     if is_jpeg and b"\xff\xd9" not in content[-4096:]:
         raise ItemError("truncated", "no end-of-image marker", is_permanent=False)

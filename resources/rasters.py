@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import Grid, transformer
 
+#: Largest block of a GeoTIFF from elsewhere that is decoded: one whose tiles a few bytes inflate to gigabytes is no
+#: scene.
+MAX_BLOCK_BYTES = 1 << 28
+
 _DTYPES = ("uint8", "uint16", "int16", "float32")
 _DATE = re.compile(r"(?:^|_)((?:19|20)\d\d)(?:-?(\d\d)-?(\d\d)(?:T(\d\d)(\d\d)(\d\d)Z?)?)?(?=_|$)")
 _TAG = re.compile(r"((?:19|20)\d\d):(\d\d):(\d\d)(?: (\d\d):(\d\d):(\d\d))?")
@@ -109,6 +113,12 @@ def read_header(path: Path) -> Header:
         tags=dict(tags),
         footprint=shapely.Polygon(np.column_stack([lon, lat])),
     )
+
+
+def block_bytes(source: Any) -> int:
+    """Memory that decoding one block of an open rasterio dataset takes, all bands."""
+    height, width = max(source.block_shapes, key=lambda shape: shape[0] * shape[1])
+    return int(height * width * sum(np.dtype(dtype).itemsize for dtype in source.dtypes))
 
 
 def acquired_at(stem: str, tags: dict[str, str]) -> datetime | None:

@@ -36,6 +36,7 @@ from resources.http import (
     TransientError,
     host_of,
     is_http_url,
+    is_private_host,
 )
 from resources.imagery import (
     TRANSPORT_ERRORS,
@@ -47,7 +48,7 @@ from resources.imagery import (
     transport_failure,
     widened,
 )
-from resources.rasters import cut
+from resources.rasters import MAX_BLOCK_BYTES, block_bytes, cut
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Stac:
     """A STAC API as graft_pipeline needs it: paced, retried, classified; every byte range checked.
 
     Items are searched with pystac-client. GeoTIFFs are read by ranges through our own transport, not GDAL's: it
-    counts and paces requests, and a failed one is tried again instead of staying in a cache.
+    counts and paces requests, and a failed one is tried again instead of staying in a cache. Links that answers name
+    may lead into private networks only if the API itself is in one.
 
     Args:
         url: landing page of the API.
@@ -111,7 +113,7 @@ class Stac:
             raise SettingsError("GRAFT_IMAGERY=stac needs pystac-client: pip install 'graft-pipeline[stac]'.")
         self.concurrency = concurrency
         self._url = url.rstrip("/")
-        self._pool = HttpPool(connections=concurrency, timeout_s=timeout_s)
+        self._timeout_s = timeout_s
         self._pace = Pace("stac", concurrency=concurrency, requests_per_second=requests_per_second)
         self._retries = retries or Retries()
         self._breaker = Breaker("STAC", url, limit=max(20, 2 * concurrency))
@@ -134,6 +136,14 @@ class Stac:
             requests_per_second=settings.stac_requests_per_second,
             timeout_s=settings.stac_timeout_s,
             retries=retries,
+        )
+
+    @functools.cached_property
+    def _pool(self) -> HttpPool:
+        return HttpPool(
+            connections=self.concurrency,
+            timeout_s=self._timeout_s,
+            public_only=not is_private_host(self._url),
         )
 
     def __repr__(self) -> str:
@@ -294,7 +304,7 @@ class Stac:
                 raise self._failure(answer)
             try:
                 found = json.loads(answer.body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = None
             if not isinstance(found, dict):
                 raise TransientError("unreadable", "the answer is no JSON object; is a proxy in between?")
@@ -324,6 +334,8 @@ class Stac:
                     opened[key] = stack.enter_context(
                         rasterio.open("/scene.tif", driver="GTiff", opener=opener)
                     )
+                    if (size := block_bytes(opened[key])) > MAX_BLOCK_BYTES:
+                        raise RequestError(f"asset {key!r} has blocks of {size} bytes", 400)
                 for key, number in parts:
                     if number > opened[key].count:
                         raise RequestError(f"asset {key!r} has {opened[key].count} bands, not {number}", 400)
