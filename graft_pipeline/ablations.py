@@ -189,13 +189,13 @@ def make_region(
         region: the region.
         sensor: the sensor.
         variant: a variant with data of its own.
-        fetch: see `chips.fetch_chips`.
+        fetch: see `chips.update`.
         concurrency: see there.
         max_attempts: see there.
         photos_per_tile: see `pairing.make_pairs`.
         seed: of random tiles.
         validation_fraction: see `sampling.sample_tiles`.
-        today: see `chips.fetch_chips`.
+        today: see `chips.update`.
         progress: called with (done, total) chips.
 
     Returns:

@@ -250,122 +250,6 @@ def decode_all(contents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
     return np.stack(chips) if chips else np.zeros((0, 0, 0, 3), dtype=np.uint8)
 
 
-def fetch_chips(
-    tiles: pa.Table,
-    scenes: pa.Table,
-    photos: pa.Table,
-    existing: pa.Table | None,
-    sensor: Sensor,
-    folder: "UPath | Path",
-    fetch: Fetch,
-    concurrency: int,
-    max_attempts: int,
-    shard_size: int = 500,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    today: date,
-    retry_now: bool = False,
-) -> pa.Table:
-    """Fetch the chips that a region's tiles do not have yet, and store them.
-
-    A tile's candidate scenes are asked in their order. One with missing pixels there, with clouds over it where
-    the sensor's rule looks at the chip, or that cannot serve it for good, gives way to the next. `failed`, to be
-    tried again: `no_scene` (none contains the chip; costs nothing, counts as no attempt, and is looked at each
-    time), `nodata` (each has missing pixels), `cloudy` (each that has none has clouds), or a passing failure's own
-    reason; these wait for the day in `retry_on`. `rejected`: every scene refused for good. A stored chip is
-    fetched anew where it does not obey the cloud rule in force, or its raw bands are wanted and were not kept.
-
-    Args:
-        tiles: TILES rows of the region.
-        scenes: SCENES rows of it.
-        photos: FLICKR_PHOTOS rows of it, for the times of centre photos.
-        existing: CHIPS rows of an earlier call, None at first. Rows of tiles that are gone stay in
-            the index, as their pixels were paid for, but are not returned.
-        sensor: the sensor.
-        folder: the partition's folder; the index and its shards are written there.
-        fetch: gives pixels; called from threads.
-        concurrency: number of threads.
-        max_attempts: tries before a tile is left alone.
-        shard_size: tiles after which a shard and the index are written.
-        progress: called with (done, total).
-        today: UTC day; failed rows say on which they are tried again.
-        retry_now: try failed rows again whatever their day.
-
-    Returns:
-        CHIPS rows of all these tiles, sorted by tile_id.
-
-    Raises:
-        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
-    """
-    return _fetch(
-        tiles,
-        scenes,
-        photos,
-        existing,
-        sensor,
-        folder,
-        fetch,
-        concurrency,
-        max_attempts,
-        shard_size,
-        progress,
-        today,
-        retry_now,
-    )[0]
-
-
-def update(
-    tiles: pa.Table,
-    scenes: pa.Table,
-    photos: pa.Table,
-    sensor: Sensor,
-    folder: "UPath | Path",
-    fetch: Fetch,
-    *,
-    concurrency: int,
-    max_attempts: int,
-    today: date,
-    retry_now: bool = False,
-    shard_size: int = 500,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[pa.Table, bool]:
-    """`fetch_chips` upon the rows that the folder's own index holds.
-
-    Args:
-        tiles: see `fetch_chips`.
-        scenes: see there.
-        photos: see there.
-        sensor: see there.
-        folder: see there.
-        fetch: see there.
-        concurrency: see there.
-        max_attempts: see there.
-        today: see there.
-        retry_now: see there.
-        shard_size: see there.
-        progress: see there.
-
-    Returns:
-        The rows, and whether any file changed.
-    """
-    existing = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
-    return _fetch(
-        tiles,
-        scenes,
-        photos,
-        existing,
-        sensor,
-        folder,
-        fetch,
-        concurrency,
-        max_attempts,
-        shard_size,
-        progress,
-        today,
-        retry_now,
-    )
-
-
 @dataclass(frozen=True)
 class _Order:
     """One chip to be fetched."""
@@ -393,21 +277,52 @@ class _Outcome:
     raw: bytes | None = None
 
 
-def _fetch(
+def update(
     tiles: pa.Table,
     scenes: pa.Table,
     photos: pa.Table,
-    existing: pa.Table | None,
     sensor: Sensor,
     folder: "UPath | Path",
     fetch: Fetch,
+    *,
     concurrency: int,
     max_attempts: int,
-    shard_size: int,
-    progress: Callable[[int, int], None] | None,
     today: date,
-    retry_now: bool,
+    retry_now: bool = False,
+    shard_size: int = 500,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
+    """Fetch the chips that a region's tiles do not have yet, and store them.
+
+    A tile's candidate scenes are asked in their order. One with missing pixels there, with clouds over it where
+    the sensor's rule looks at the chip, or that cannot serve it for good, gives way to the next. `failed`, to be
+    tried again: `no_scene` (none contains the chip; costs nothing, counts as no attempt, and is looked at each
+    time), `nodata` (each has missing pixels), `cloudy` (each that has none has clouds), or a passing failure's own
+    reason; these wait for the day in `retry_on`. `rejected`: every scene refused for good. A stored chip is
+    fetched anew where it does not obey the cloud rule in force, or its raw bands are wanted and were not kept.
+
+    Args:
+        tiles: TILES rows of the region.
+        scenes: SCENES rows of it.
+        photos: FLICKR_PHOTOS rows of it, for the times of centre photos.
+        sensor: the sensor.
+        folder: the partition's folder; the index and its shards are there. Rows of tiles that are gone stay in
+            the index, as their pixels were paid for, but are not returned.
+        fetch: gives pixels; called from threads.
+        concurrency: number of threads.
+        max_attempts: tries before a tile is left alone.
+        today: UTC day; failed rows say on which they are tried again.
+        retry_now: try failed rows again whatever their day.
+        shard_size: tiles after which a shard and the index are written.
+        progress: called with (done, total).
+
+    Returns:
+        CHIPS rows of all these tiles, sorted by tile_id, and whether any file changed.
+
+    Raises:
+        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
+    """
+    existing = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
     known = CHIPS.empty() if existing is None else existing
     valid = _obeying(_of_same_grid(known, tiles), sensor)
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])

@@ -55,48 +55,6 @@ class FetchedImage:
 Fetch = Callable[[str], FetchedImage]
 
 
-def fetch_images(
-    photos: pa.Table,
-    existing: pa.Table | None,
-    folder: "UPath | Path",
-    fetch: Fetch,
-    concurrency: int,
-    max_attempts: int,
-    shard_size: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    today: date,
-    retry_now: bool = False,
-) -> pa.Table:
-    """Fetch the images that a region does not have yet, and store them.
-
-    Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times and
-    whose day to be tried again has come, in the order (uploaded_at, photo_id). An image nearly equal to one
-    that is kept is rejected and not stored.
-
-    Args:
-        photos: FLICKR_PHOTOS rows of the region.
-        existing: GROUND_IMAGES rows of an earlier call, None at first.
-        folder: the partition's folder; the index and its shards are written there.
-        fetch: gives one image; called from threads.
-        concurrency: number of threads.
-        max_attempts: tries before a photo is left alone.
-        shard_size: photos after which a shard and the index are written.
-        progress: called with (done, total).
-        today: UTC day; failed rows say on which they are tried again.
-        retry_now: try failed rows again whatever their day.
-
-    Returns:
-        All GROUND_IMAGES rows of the region, sorted by photo_id.
-
-    Raises:
-        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
-    """
-    return _fetch(
-        photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress, today, retry_now
-    )[0]
-
-
 def update(
     photos: pa.Table,
     folder: "UPath | Path",
@@ -109,40 +67,30 @@ def update(
     shard_size: int = 1000,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
-    """`fetch_images` upon the rows that the folder's own index holds.
+    """Fetch the images that a region does not have yet, and store them.
+
+    Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times and
+    whose day to be tried again has come, in the order (uploaded_at, photo_id). An image nearly equal to one
+    that is kept is rejected and not stored.
 
     Args:
-        photos: see `fetch_images`.
-        folder: see there.
-        fetch: see there.
-        concurrency: see there.
-        max_attempts: see there.
-        today: see there.
-        retry_now: see there.
-        shard_size: see there.
-        progress: see there.
+        photos: FLICKR_PHOTOS rows of the region.
+        folder: the partition's folder; the index and its shards are there.
+        fetch: gives one image; called from threads.
+        concurrency: number of threads.
+        max_attempts: tries before a photo is left alone.
+        today: UTC day; failed rows say on which they are tried again.
+        retry_now: try failed rows again whatever their day.
+        shard_size: photos after which a shard and the index are written.
+        progress: called with (done, total).
 
     Returns:
-        All rows, and whether any file changed.
+        All GROUND_IMAGES rows of the region, sorted by photo_id, and whether any file changed.
+
+    Raises:
+        GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
     """
     existing = read_table(folder / f"{GROUND_IMAGES.name}.parquet", GROUND_IMAGES)
-    return _fetch(
-        photos, existing, folder, fetch, concurrency, max_attempts, shard_size, progress, today, retry_now
-    )
-
-
-def _fetch(
-    photos: pa.Table,
-    existing: pa.Table | None,
-    folder: "UPath | Path",
-    fetch: Fetch,
-    concurrency: int,
-    max_attempts: int,
-    shard_size: int,
-    progress: Callable[[int, int], None] | None,
-    today: date,
-    retry_now: bool,
-) -> tuple[pa.Table, bool]:
     known = GROUND_IMAGES.empty() if existing is None else existing
     usable = photos.filter(pc.equal(photos["status"], "ok"))
     usable = usable.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order])

@@ -130,19 +130,8 @@ def test_results_do_not_depend_on_threads(
     trees = []
     for concurrency in (1, 16):
         folder = UPath(tmp_path / str(concurrency))
-        chips.fetch_chips(
-            tiles,
-            scene_table("A"),
-            photos,
-            None,
-            SMALL,
-            folder,
-            Imagery().fetch,
-            concurrency,
-            3,
-            10,
-            today=TODAY,
-        )
+        bounds = {"concurrency": concurrency, "max_attempts": 3, "shard_size": 10, "today": TODAY}
+        chips.update(tiles, scene_table("A"), photos, SMALL, folder, Imagery().fetch, **bounds)
         trees.append({Path(name).name: content for name, content in snapshot_of(folder).items()})
     assert trees[0] == trees[1]
 

@@ -17,7 +17,7 @@ from upath import UPath
 
 from graft_pipeline import ground_images
 from graft_pipeline.errors import ItemError, ServiceError, SettingsError
-from graft_pipeline.ground_images import FetchedImage, fetch_images
+from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.manifests import conform, read_table, write_table
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
 from graft_pipeline.shards import read_member
@@ -65,7 +65,7 @@ def stored(folder: UPath, table: pa.Table) -> dict[str, bytes]:
 
 def test_all_ok_photos_are_stored_once(root: UPath, photos: pa.Table, snapshot_of: Any) -> None:
     host, seen = Host(), []
-    table = fetch_images(photos, None, root, host.fetch, **FEW, progress=lambda *at: seen.append(at))
+    table, _ = ground_images.update(photos, root, host.fetch, **FEW, progress=lambda *at: seen.append(at))
     assert conform(table, GROUND_IMAGES).equals(table)
     expected = {row["photo_id"]: f"image {row['photo_id']}".encode() for row in photos.to_pylist()[:35]}
     assert stored(root, table) == expected
@@ -85,7 +85,8 @@ def test_results_do_not_depend_on_threads(tmp_path: Path, photos: pa.Table, snap
     trees = []
     for concurrency in (1, 16):
         folder = UPath(tmp_path / str(concurrency))
-        fetch_images(photos, None, folder, Host().fetch, concurrency, 3, 10, today=TODAY)
+        bounds = {**FEW, "concurrency": concurrency}
+        ground_images.update(photos, folder, Host().fetch, **bounds)
         trees.append({Path(name).name: content for name, content in snapshot_of(folder).items()})
     assert trees[0] == trees[1]
 
@@ -156,7 +157,7 @@ def test_an_abort_keeps_what_was_fetched_and_changes_no_byte(
     host = Host({"1017": error, "1012": gone})
     host.twins = {"1014": phash(1002)}
     with pytest.raises(type(error)):
-        fetch_images(photos, None, root, host.fetch, **FEW)
+        ground_images.update(photos, root, host.fetch, **FEW)
     table = read_table(root / "ground_images.parquet", GROUND_IMAGES)
     assert table is not None
     assert sorted(stored(root, table)) == [f"{1000 + n}" for n in range(10)], "a shard is whole or not there"
@@ -169,7 +170,7 @@ def test_an_abort_keeps_what_was_fetched_and_changes_no_byte(
     undisturbed = UPath(tmp_path / "undisturbed")
     other = Host({"1012": gone})
     other.twins = host.twins
-    fetch_images(photos, None, undisturbed, other.fetch, **FEW)
+    ground_images.update(photos, undisturbed, other.fetch, **FEW)
     names = [
         {Path(name).name: content for name, content in snapshot_of(f).items()} for f in (root, undisturbed)
     ]
