@@ -60,21 +60,19 @@ class Thing:
     Attributes:
         share: share of the image.
         count: objects; None where it is not clear.
-        middles: (N, 2) float rows and columns of the objects' centroids, as shares of the image's side.
-        boxes: (N, 4) float first and last row, first and last column of each object, as shares of the side.
+        masks: one (H, W) bool per object.
         gaps: share of the side between it and the nearest ground of another class, by class.
     """
 
     share: float
     count: int | None = 0
-    middles: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
-    boxes: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 4)))
+    masks: tuple[NDArray[np.bool_], ...] = ()
     gaps: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_there(self) -> bool | None:
         """Whether there is an object; None where there is less than one."""
-        return True if len(self.boxes) else False if self.share == 0 else None
+        return True if self.masks else False if self.share == 0 else None
 
 
 @dataclass(frozen=True)
@@ -268,14 +266,7 @@ def _things(cover: NDArray[np.uint8], names: Sequence[str]) -> dict[str, Thing]:
         cover: (H, W) class ids.
         names: classes by id.
     """
-    from scipy.ndimage import (
-        binary_closing,
-        binary_opening,
-        center_of_mass,
-        distance_transform_edt,
-        find_objects,
-        label,
-    )
+    from scipy.ndimage import binary_closing, binary_opening, distance_transform_edt, label
 
     side = len(cover)
     found = np.unique(cover)
@@ -304,17 +295,11 @@ def _things(cover: NDArray[np.uint8], names: Sequence[str]) -> dict[str, Thing]:
         closed = objects(binary_closing(padded, disc)[inner])[1]
         opened = objects(binary_opening(padded, disc)[inner])[1]
         is_clear = not unclear and len(own) == len(closed) == len(opened)
-        slices = find_objects(labels)
-        boxes = [
-            (rows.start, rows.stop, columns.start, columns.stop) for rows, columns in (slices[k] for k in own)
-        ]
-        middles = center_of_mass(mask, labels, own + 1) if len(own) else []
         beyond = distance_transform_edt(~mask) / side
         made[name] = Thing(
             share,
             len(own) if is_clear else None,
-            np.array(middles).reshape(-1, 2) / side,
-            np.array(boxes, np.float64).reshape(-1, 4) / side,
+            tuple(labels == k + 1 for k in own),
             {names[other]: float(beyond[cover == other].min()) for other in found if other != number},
         )
     return made
@@ -443,22 +428,33 @@ def _relations(shown: dict[str, Thing], side_m: float) -> Iterable[tuple[str, st
         if not NEAR_M < gap_m < FAR_M:
             answer = _yes(gap_m <= NEAR_M)
             yield "next to", f"Is there {_a(_one(first))} next to the {_one(second)}", answer, answer
-        row, column = other.middles[0]
         for direction in DIRECTIONS:
-            along_columns = direction in DIRECTIONS[:2]
-            sign = -1 if direction in ("on the left of", "at the top of") else 1
-            middle = column if along_columns else row
-            near, far = one.boxes[:, 2:].T if along_columns else one.boxes[:, :2].T
-            # How far the nearest edge of each object is beyond, and how far its centroid is.
-            wholly = sign * ((near if sign > 0 else far) - middle)
-            centroid = sign * (one.middles[:, int(along_columns)] - middle)
-            if (wholly > 0).any() and centroid.max() > CLEAR_SHARE:
-                answer = "yes"
-            elif (centroid < -CLEAR_SHARE).all():
-                answer = "no"
-            else:
-                continue
-            yield direction, f"Is there {_a(_one(first))} {direction} the {_one(second)}", answer, answer
+            found = [_lies(direction, mask, other.masks[0]) for mask in one.masks]
+            if any(found) or all(lies is False for lies in found):
+                answer = _yes(any(found))
+                yield direction, f"Is there {_a(_one(first))} {direction} the {_one(second)}", answer, answer
+
+
+def _lies(direction: str, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> bool | None:
+    """Whether an object lies wholly in a direction of the middle of another; None where that is not clear.
+
+    What the middle of a long thing is may be seen in three ways: of its box, of all its ground, of its ground across
+    from the object. A direction is clear where all of them agree.
+    """
+    if direction in DIRECTIONS[:2]:
+        one, other = one.T, other.T
+    if direction in (DIRECTIONS[1], DIRECTIONS[3]):
+        one, other = one[::-1], other[::-1]
+    # Now it is asked whether one lies above the other.
+    rows, columns = np.flatnonzero(one.any(axis=1)), np.flatnonzero(one.any(axis=0))
+    across = np.nonzero(other[:, columns[0] : columns[-1] + 1])[0]
+    all_rows = np.nonzero(other)[0]
+    middles = [(all_rows.min() + all_rows.max()) / 2, all_rows.mean()]
+    middles += [across.mean()] if len(across) else []
+    clear = CLEAR_SHARE * len(one)
+    if rows[-1] < min(middles) - clear / 2:
+        return True
+    return False if np.nonzero(one)[0].mean() > max(middles) + clear else None
 
 
 def _one(name: str) -> str:
