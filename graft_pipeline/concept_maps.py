@@ -34,9 +34,8 @@ RESOLUTIONS = (3, 10)
 #: Cylindrical and of equal area (NSIDC's EASE-Grid 2.0, metres): one grid for the globe, on which cells of squares
 #: and pixels of rasters count the same ground everywhere. Away from 30 degrees they are squares in area only.
 EQUAL_AREA = "EPSG:6933"
-_STEP = 1 << 32
-#: Keys of square cells: rows from the south and columns from the west, counted from beyond the globe's corner.
-_ORIGIN_M = (-18_000_000.0, -8_000_000.0)
+#: Keys of squares are made of two numbers that are not negative.
+_STEP, _ZERO = 1 << 32, 1 << 20
 
 
 class Cells(Protocol):
@@ -152,13 +151,13 @@ class Squares:
         x, y = transformer("EPSG:4326", EQUAL_AREA).transform(lon, lat)
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
             raise InputError("Places that are no longitudes and latitudes have no cell: correct them.")
-        column = np.floor_divide(np.asarray(x) - _ORIGIN_M[0], self.pixel_m).astype(np.int64)
-        row = np.floor_divide(np.asarray(y) - _ORIGIN_M[1], self.pixel_m).astype(np.int64)
+        column, row = (np.floor_divide(values, self.pixel_m).astype(np.int64) + _ZERO for values in (x, y))
         return np.asarray(row * _STEP + column, dtype=np.int64)
 
     def names(self, keys: Keys) -> list[str]:
-        """Side, row from the south and column from the west: `2km-6023-5307`."""
-        return [f"{self.side_km:g}km-{key // _STEP}-{key % _STEP}" for key in keys.tolist()]
+        """Side, column from Greenwich and row from the equator: `2km_-3390_+2449`."""
+        places = [(key % _STEP - _ZERO, key // _STEP - _ZERO) for key in keys.tolist()]
+        return [f"{self.side_km:g}km_{column:+d}_{row:+d}" for column, row in places]
 
     def centers(self, keys: Keys) -> tuple[FloatArray, FloatArray]:
         """See `Cells`."""
@@ -176,9 +175,8 @@ class Squares:
         return np.asarray(shapely.box(west, south, east, north), dtype=object).ravel()
 
     def _corners_m(self, keys: Keys) -> tuple[FloatArray, FloatArray]:
-        column, row = keys % _STEP, keys // _STEP
-        x, y = column * self.pixel_m + _ORIGIN_M[0], row * self.pixel_m + _ORIGIN_M[1]
-        return np.asarray(x, np.float64), np.asarray(y, np.float64)
+        column, row = keys % _STEP - _ZERO, keys // _STEP - _ZERO
+        return np.asarray(column * self.pixel_m, np.float64), np.asarray(row * self.pixel_m, np.float64)
 
     @staticmethod
     def _to_degrees(x_m: FloatArray, y_m: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -14,6 +14,9 @@ from graft_pipeline import previews
 from graft_pipeline.chips import sample_chips
 from graft_pipeline.ground_images import sample_images
 
+#: A region in; its rows of stored items, and the folder of their shards, out.
+ReadRows = Callable[[str], tuple[pa.Table, UPath]]
+
 BLANK = np.full((8, 8, 3), 245, np.uint8)
 NO_MARKS = np.zeros((0, 2))
 
@@ -37,9 +40,7 @@ def outdoor_sheet(images: pa.Table, outdoor: pa.Table, folder: UPath, *, seed: i
     return previews.contact_sheet(pictures, cell_px=84, frames=frames)
 
 
-def photos_by_id(
-    photo_ids: Sequence[str], regions: Sequence[str], read: Callable[[str], tuple[pa.Table, UPath]]
-) -> list[np.ndarray]:
+def photos_by_id(photo_ids: Sequence[str], regions: Sequence[str], read: ReadRows) -> list[np.ndarray]:
     """Stored ground images of several regions.
 
     Args:
@@ -57,6 +58,26 @@ def photos_by_id(
         rows = images.filter(pc.is_in(images["photo_id"], ids))
         shown |= dict(sample_images(folder, rows, rows.num_rows))
     return [shown[photo_id] for photo_id in photo_ids]
+
+
+def chips_by_id(tile_ids: Sequence[str], regions: Sequence[str], read: ReadRows) -> list[np.ndarray | None]:
+    """Stored chips of several regions.
+
+    Args:
+        tile_ids: which.
+        regions: the region of each.
+        read: gives a region's CHIPS rows and the folder of their shards.
+
+    Returns:
+        (H, W, 3) uint8 RGB of each, in the order given; None where no chip is stored.
+    """
+    shown: dict[str, np.ndarray] = {}
+    for region in dict.fromkeys(regions):
+        chips, folder = read(region)
+        ids = pa.array([i for i, r in zip(tile_ids, regions, strict=True) if r == region], pa.string())
+        rows = chips.filter(pc.is_in(chips["tile_id"], ids))
+        shown |= dict(sample_chips(folder, rows, rows.num_rows))
+    return [shown.get(tile_id) for tile_id in tile_ids]
 
 
 def chip_sheet(chips: pa.Table, folder: UPath, *, seed: int, count: int = 24) -> bytes:
