@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
+from rasterio.io import MemoryFile
+from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError
 
@@ -165,7 +166,7 @@ LAYOUTS = {
 }
 
 
-def open_question_set(name: str, folder: Path) -> QuestionSet:
+def open_question_set(name: str, folder: Path | UPath) -> QuestionSet:
     """Read a dataset of questions.
 
     Args:
@@ -223,7 +224,9 @@ def open_question_set(name: str, folder: Path) -> QuestionSet:
     )
 
 
-def _questions(folder: Path, layout: Layout, split: str, skipped: Counter[str]) -> list[Question] | None:
+def _questions(
+    folder: Path | UPath, layout: Layout, split: str, skipped: Counter[str]
+) -> list[Question] | None:
     """Active questions with a usable answer; None without the files."""
     asked, answered = (_read(folder, layout, split, kind) for kind in ("questions", "answers"))
     if asked is None or answered is None:
@@ -246,7 +249,7 @@ def _questions(folder: Path, layout: Layout, split: str, skipped: Counter[str]) 
     return found
 
 
-def _read(folder: Path, layout: Layout, split: str, kind: str) -> list[dict[str, Any]] | None:
+def _read(folder: Path | UPath, layout: Layout, split: str, kind: str) -> list[dict[str, Any]] | None:
     """Entries of one JSON file; None if it is not there."""
     file = folder / f"{layout.prefix}_split_{split}_{kind}.json"
     if not file.exists():
@@ -283,11 +286,12 @@ def _range_label(value: int, edges: Sequence[float], unit: str) -> str:
     return f"more than {low:.0f}{unit}"
 
 
-def _pixels(file: Path) -> NDArray[np.uint8]:
+def _pixels(file: Path | UPath) -> NDArray[np.uint8]:
     try:
-        with rasterio.open(file) as source:
+        # By its bytes: the planet's lie wherever a deployment's storage is.
+        with MemoryFile(file.read_bytes()) as memory, memory.open() as source:
             pixels = source.read((1, 2, 3))
-    except (RasterioError, IndexError) as error:
+    except (RasterioError, IndexError, OSError) as error:
         raise DataError(f"{file} cannot be decoded ({error}): download the set again.") from error
     if pixels.dtype != np.uint8:
         raise DataError(f"{file} has {pixels.dtype} values, not bytes: download the set again.")
