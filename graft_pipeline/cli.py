@@ -325,6 +325,82 @@ def segment(
     _table(f"{made.path}: {made.width_px} x {made.height_px} px", ["value", "class", "share"], rows)
 
 
+@app.command("map")
+def map_concepts(
+    words: Annotated[list[str], typer.Argument(help='Concepts in words: "farmland" "a solar farm".')],
+    area: Annotated[
+        Path | None,
+        typer.Option(help="Vector file of polygons in which tiles are mapped; default: all tiles."),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="File that ends in .parquet, .tif or .html, or a folder for one of each."
+        ),
+    ] = Path("maps"),
+    sensor: Annotated[str, typer.Option(help="Whose tiles are mapped.")] = "naip",
+    resolution: Annotated[
+        int, typer.Option(help="H3 resolution of the hexagons, 3 to 10; 7 is 5 square kilometres.")
+    ] = 7,
+    cell_km: Annotated[
+        float | None, typer.Option(help="Instead of hexagons: side of square cells, kilometres.")
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(help="Contrast from which a tile is a hit: standard deviations above the mean tile."),
+    ] = 1.0,
+    since: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First UTC day of the scenes' acquisition.")
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="UTC day before which scenes were acquired.")
+    ] = None,
+) -> None:
+    """Map where words apply: `graft map "farmland" "forest" --area area.geojson -o maps`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from graft_pipeline import concept_maps, map_files, schemas
+    from graft_pipeline.areas import read_area
+    from graft_pipeline.search import Filters, SearchIndex
+    from training.encoders import load_clip
+    from training.zero_shot.queries import text_vector
+
+    shown = read_area(area).geometry if area else None
+    days = [None if day is None else day.date() for day in (since, until)]
+    cells = concept_maps.Squares(cell_km) if cell_km is not None else concept_maps.Hexagons(resolution)
+    storage = _storage()
+    with storage.explained(), Progress(console=Console(stderr=True)) as bars:
+        index = SearchIndex.open(storage.root, sensor)
+        folder = storage.models_folder / f"sensor={sensor}" / "image_encoder" / "encoder"
+        clip = load_clip(f"local-dir:{folder}")
+        index.check_model(clip.fingerprint())
+        task = bars.add_task("Concepts", total=None)
+        maps = concept_maps.map_vectors(
+            index,
+            {concept: text_vector(clip, concept) for concept in dict.fromkeys(words)},
+            cells,
+            None if shown is None and days == [None, None] else Filters(shown, *days),
+            threshold,
+            lambda done, of: bars.update(task, completed=done, total=of),
+        )
+        files = map_files.write_maps(
+            output,
+            maps,
+            f"{', '.join(maps.concepts)} by {sensor}",
+            lambda region: (
+                storage.read(schemas.CHIPS, sensor=sensor, region=region),
+                storage.folder(schemas.CHIPS, sensor=sensor, region=region),
+            ),
+            shown,
+        )
+    _table(
+        f"{int(maps.tiles.sum()):,} tiles in {len(maps.keys):,} cells: {', '.join(map(str, files))}",
+        ["concept", "hits", "cells with hits", "densest cell", "its share", "its centre"],
+        concept_maps.summary(maps),
+    )
+
+
 @app.command()
 def evaluate(
     dataset: Annotated[

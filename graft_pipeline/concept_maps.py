@@ -39,13 +39,12 @@ _STEP, _ZERO = 1 << 32, 1 << 20
 
 
 class Cells(Protocol):
-    """A division of the globe into cells; a cell is known by an integer key.
+    """A division of the globe into cells; a cell is known by an integer key."""
 
-    Attributes:
-        pixel_m: side of the pixels of `EQUAL_AREA` that show a cell well, metres.
-    """
-
-    pixel_m: float
+    @property
+    def pixel_m(self) -> float:
+        """Side of the pixels of `EQUAL_AREA` that show a cell well, metres."""
+        ...
 
     def keys(self, lon_deg: npt.ArrayLike, lat_deg: npt.ArrayLike) -> Keys:
         """The cell of each place, (N,) int64; each place has exactly one."""
@@ -402,6 +401,26 @@ def map_vectors(
         if progress:
             progress(done, len(vectors))
     return map_concepts(tiles, scores, backgrounds, cells, threshold)
+
+
+def summary(maps: ConceptMaps) -> list[list[str]]:
+    """What the maps say in short.
+
+    Args:
+        maps: the maps, with at least one cell.
+
+    Returns:
+        For each concept: its name, hits, cells with a hit, and name, share and (latitude, longitude) of the cell of
+        greatest share, of equal ones that with most tiles.
+    """
+    rows = []
+    for concept, hits, share in zip(maps.concepts, maps.hits, maps.share, strict=True):
+        densest = np.lexsort((maps.tiles, share))[-1:]
+        (lon,), (lat,) = maps.cells.centers(maps.keys[densest])
+        (name,) = maps.cells.names(maps.keys[densest])
+        row = [f"{hits.sum():,}", f"{np.count_nonzero(hits):,}", name, f"{share[densest[0]]:.0%}"]
+        rows.append([concept, *row, f"{lat:.4f}, {lon:.4f}"])
+    return rows
 
 
 def to_table(maps: ConceptMaps) -> pa.Table:

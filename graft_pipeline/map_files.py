@@ -6,8 +6,9 @@ What a map counts is in concept_maps.py; where tiles' chips lie is told by the c
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from PIL import Image
 from graft_pipeline.concept_maps import EQUAL_AREA, ConceptMaps, to_table
 from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import transformer
-from graft_pipeline.manifests import conform, parquet_bytes
+from graft_pipeline.manifests import conform, parquet_bytes, write_bytes_atomic
 from graft_pipeline.previews import data_uri
 from graft_pipeline.schemas import CONCEPT_MAPS
 from graft_pipeline.sheets import ReadRows, chips_by_id
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
+    from upath import UPath
 
 #: What a browser draws without delay, and what an uncompressed band of a raster may take.
 MAX_PAGE_CELLS = 20_000
@@ -188,6 +190,42 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
         leaflet_style=Markup((vendored / "leaflet.css").read_text(encoding="utf-8")),
     )
     return made.encode()
+
+
+def write_maps(
+    output: "UPath | Path",
+    maps: ConceptMaps,
+    title: str,
+    read_chips: ReadRows,
+    area: "BaseGeometry | None" = None,
+) -> "dict[UPath | Path, bool]":
+    """Write the maps as what a name says.
+
+    Args:
+        output: file that ends in `.parquet`, `.tif` or `.html`; or a folder, which gets one of each.
+        maps: the maps.
+        title: heading of the page.
+        read_chips: where the page's pictures come from.
+        area: see `page`.
+
+    Returns:
+        By file that was written, whether its content changed.
+
+    Raises:
+        InputError: if the name ends in something else, there is no cell, or a form cannot hold that many.
+    """
+    forms: dict[str, Callable[[], bytes]] = {
+        ".parquet": lambda: geoparquet(maps),
+        ".tif": lambda: geotiff(maps),
+        ".html": lambda: page(maps, title, read_chips, area),
+    }
+    if output.suffix and output.suffix not in forms:
+        raise InputError(f"{output} is no map: end its name in {', '.join(forms)}, or name a folder.")
+    _check_not_empty(maps)
+    files = [output] if output.suffix else [output / f"{CONCEPT_MAPS.name}{suffix}" for suffix in forms]
+    # All are made before one is written: files of a folder belong together.
+    contents = [forms[file.suffix]() for file in files]
+    return {file: write_bytes_atomic(file, content) for file, content in zip(files, contents, strict=True)}
 
 
 def _check_not_empty(maps: ConceptMaps) -> None:
