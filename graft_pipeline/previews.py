@@ -5,6 +5,7 @@ Functions take arrays and tables and return PNG bytes; where a picture is shown 
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def contact_sheet(
     cell_px: int = 96,
     marks: Sequence[np.ndarray] = (),
     frames: Sequence[tuple[int, int, int] | None] = (),
+    label_lines: int = 1,
 ) -> bytes:
     """Lay images out in a grid.
 
@@ -46,11 +48,12 @@ def contact_sheet(
         cell_px: side of a cell.
         marks: per image an (M, 2) array of (column, row) positions in its own pixels, drawn as dots.
         frames: per image an RGB colour of its frame, or None.
+        label_lines: lines that a label may take; what is longer is cut.
 
     Returns:
         A JPEG. An empty sheet says so.
     """
-    label_px = 13 if labels else 0
+    label_px = 13 * label_lines if labels else 0
     rows = max(1, -(-len(images) // columns))
     width = columns if len(images) >= columns else max(1, len(images))
     sheet = Image.new("RGB", (width * (cell_px + 4) + 4, rows * (cell_px + label_px + 4) + 4), "white")
@@ -75,7 +78,9 @@ def contact_sheet(
         if frame:
             draw.rectangle((left - 2, top - 2, left + cell_px + 1, top + cell_px + 1), outline=frame, width=2)
         if number < len(labels):
-            draw.text((left, top + cell_px + 1), labels[number][: cell_px // 6], fill="black")
+            lines = textwrap.wrap(labels[number], cell_px // 6) if label_lines > 1 else [labels[number]]
+            for line, text in enumerate(lines[:label_lines]):
+                draw.text((left, top + cell_px + 1 + 13 * line), text[: cell_px // 6], fill="black")
     return _jpeg(sheet)
 
 
