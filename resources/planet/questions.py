@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: The truth is looked at in every second row and column of an image: nothing that is asked about is thinner.
 TRUTH_PX = 2
-#: An object is a connected area of at least this share of the image. Classes of which only less is there are not
-#: asked about, nor counts in which smaller pieces, narrow bridges or narrow gaps would decide.
+#: An object is a connected area of at least this share of the image. It is not asked whether a class is there of which
+#: only less is, nor for counts in which smaller pieces, narrow bridges or narrow gaps would decide.
 OBJECT_SHARE, SPECK_SHARE = 0.01, 0.001
 BRIDGE_SHARE = 1 / 40
 #: Rural and urban images, by their share of buildings' land; what is between is not asked about.
@@ -379,7 +379,7 @@ def _candidates(
     elif question_type == "count":
         for name, thing in shown.items():
             if thing.count is not None:
-                many = f"{_one(name)}s"
+                many = _many(name)
                 text = rng.choice(
                     (
                         f"How many {many} are there",
@@ -393,7 +393,7 @@ def _candidates(
             ends = [abs(thing.share / end - 1) for end in AREA_SHARES]
             if thing.share == 0 or (thing.share > AREA_SHARES[0] and min(ends) > AREA_MARGIN):
                 stratum = str(sum(thing.share > end for end in AREA_SHARES))
-                text = f"What is the area covered by {_one(name)}s"
+                text = f"What is the area covered by {_many(name)}"
                 yield name, text, f"{int(thing.share * side_m**2)}m2", stratum
     elif question_type == "rural_urban":
         built = sum(shown[name].share for name in BUILT)
@@ -409,7 +409,7 @@ def _comparisons(shown: dict[str, Thing]) -> Iterable[tuple[str, str, str, str]]
         one, other = shown[first], shown[second]
         if one.count is None or other.count is None or not one.count + other.count:
             continue
-        a, b = _one(first) + "s", _one(second) + "s"
+        a, b = _many(first), _many(second)
         for subject, text, is_so in (
             ("less", f"Are there less {a} than {b}", one.count < other.count),
             ("more", f"Are there more {a} than {b}", one.count > other.count),
@@ -459,6 +459,11 @@ def _lies(direction: str, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> b
 
 def _one(name: str) -> str:
     return SINGULAR.get(name, name)
+
+
+def _many(name: str) -> str:
+    one = _one(name)
+    return f"{one}es" if one.endswith("ch") else f"{one}s"
 
 
 def _a(noun: str) -> str:
