@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import logging
@@ -185,6 +186,21 @@ def test_lasting_trouble_ends_in_a_service_error(scripted, reply):
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:\d+.*HTTP 503.*again later"):
         search(client(server.url))
     assert len(server.requests) == 3
+
+
+def test_answers_are_bounded_in_bytes_time_and_depth(scripted, reply, monkeypatch):
+    monkeypatch.setattr("resources.flickr.MAX_BYTES", 10_000)
+    large = page([{"id": str(number)} for number in range(2000)])
+    for bad, message in [
+        (reply(large), "too large"),
+        (reply(gzip.compress(large), headers={"Content-Encoding": "gzip"}), "too large"),
+        (reply(large, drip_s=0.05), "too large"),
+        (reply(page([{"id": "1"}]), drip_s=0.02), "no complete answer"),
+        (reply(b"[" * 9000), "no JSON"),
+    ]:
+        server = scripted(lambda request, bad=bad: bad)
+        with pytest.raises(ServiceError, match=message):
+            search(client(server.url, timeout_s=0.2, retries=Retries(attempts=1)))
 
 
 @pytest.mark.parametrize("code", [96, 98, 100, "100"])
