@@ -24,16 +24,18 @@ def region_keys(sensors: Iterable[str]) -> list[dg.AssetKey]:
     return [*(dg.AssetKey(name) for name in GROUND), *keys_of(sensors, PER_REGION)]
 
 
-def build_jobs(sensors: Iterable[str], *, has_scores: bool) -> list[Any]:
+def build_jobs(sensors: Iterable[str], *, has_scores: bool, has_maps: bool) -> list[Any]:
     """The deployment's jobs.
 
     Args:
         sensors: names of the deployment's sensors.
         has_scores: whether there is a benchmark, and so scores.
+        has_maps: whether there are concepts, and so maps.
 
     Returns:
         `register_regions`, `collect_region` (from search to pairs, all sensors: one run a partition), `learn`
-        (training sets and encoders), `index_region` (chip embeddings) and, on the planet, `score` and `ablate`.
+        (training sets and encoders), `index_region` (chip embeddings), `map_concepts` and, on the planet, `score`
+        and `ablate`.
     """
     names = list(sensors)
     select = dg.AssetSelection.assets
@@ -55,6 +57,14 @@ def build_jobs(sensors: Iterable[str], *, has_scores: bool) -> list[Any]:
             description="Embeddings of one region's chips, for search and maps.",
         ),
     ]
+    if has_maps:
+        jobs.append(
+            dg.define_asset_job(
+                "map_concepts",
+                select(*keys_of(names, ["concept_maps", *(["concept_map_scores"] if has_scores else [])])),
+                description="Maps of the deployment's concepts, and on the planet what they are worth.",
+            )
+        )
     if has_scores:
         jobs += [
             dg.define_asset_job(

@@ -384,7 +384,7 @@ def map_concepts(
             threshold,
             lambda done, of: bars.update(task, completed=done, total=of),
         )
-        files = map_files.write_maps(
+        written = map_files.write_maps(
             output,
             maps,
             f"{', '.join(maps.concepts)} by {sensor}",
@@ -395,9 +395,64 @@ def map_concepts(
             shown,
         )
     _table(
-        f"{int(maps.tiles.sum()):,} tiles in {len(maps.keys):,} cells: {', '.join(map(str, files))}",
+        f"{int(maps.tiles.sum()):,} tiles in {len(maps.keys):,} cells: {', '.join(map(str, written.files))}",
         ["concept", "hits", "cells with hits", "densest cell", "its share", "its centre"],
         concept_maps.summary(maps),
+    )
+    for reason in written.left_out.values():
+        typer.secho(f"Left out: {reason}", fg="yellow", err=True)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8760,
+    sensor: Annotated[str, typer.Option(help="Whose tiles are searched.")] = "naip",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. There is no log-in: beyond loopback, put a proxy that asks for one before it."
+        ),
+    ] = "127.0.0.1",
+) -> None:
+    """Serve the search page: words in, a map of where they apply, with the best tiles and their photos."""
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.search import SearchIndex
+    from graft_pipeline.settings import load_settings
+    from graft_pipeline.web.app import Basemap, create_app
+    from graft_pipeline.web.server import run
+    from training.encoders import load_clip
+    from training.zero_shot.queries import text_vector
+
+    settings, storage = load_settings(), _storage()
+    if sensor not in settings.sensor_records:
+        raise InputError(f"No sensor {sensor!r}: use one of {', '.join(settings.sensor_records)}.")
+    with storage.explained():
+        index = SearchIndex.open(storage.root, sensor)
+        folder = storage.models_folder / f"sensor={sensor}" / "image_encoder" / "encoder"
+        clip = load_clip(f"local-dir:{folder}")
+        index.check_model(clip.fingerprint())
+    basemap = Basemap(settings.basemap_url, settings.basemap_attribution)
+    if settings.is_planet and settings.basemap_url is None:
+        from resources.planet.basemap import ZOOMS, TilePainter
+        from resources.planet.world import World
+
+        painter = TilePainter(World(settings.planet.seed))
+        basemap = Basemap(attribution="GRAFT's embedded planet", draw=painter.tile, zooms=ZOOMS)
+    page = create_app(
+        root=storage.root,
+        index=index,
+        sensor=settings.sensor_records[sensor],
+        encode_text=lambda words: text_vector(clip, words),
+        grid_deg=settings.grid_deg,
+        basemap=basemap,
+        shows_copies=settings.is_planet,
+        host=host,
+    )
+    run(
+        page,
+        host,
+        port,
+        on_ready=lambda url: typer.echo(f"Search {index.rows:,} tiles at {url} (Ctrl-C ends it)"),
     )
 
 

@@ -264,6 +264,7 @@ class ConceptMaps:
         best: (K, C) int64 number of the tile of greatest score in each cell, as in `rows`.
         scores: (K, N) float32 cosines of the tiles.
         rows: (N,) SEARCH_RESULTS rows of the tiles, without scores.
+        cell_of: (N,) int64 number of each tile's cell.
     """
 
     cells: Cells
@@ -279,6 +280,7 @@ class ConceptMaps:
     best: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     rows: pa.Table
+    cell_of: npt.NDArray[np.int64]
 
     @property
     def hits(self) -> npt.NDArray[np.int64]:
@@ -316,7 +318,7 @@ def map_concepts(
     """Count what tiles score, cell by cell.
 
     Args:
-        tiles: SEARCH_RESULTS rows of the N tiles that are to be mapped; their scores are not looked at.
+        tiles: SEARCH_RESULTS rows of the N tiles that are to be mapped; without or with scores, which are not read.
         scores: by concept, (N,) cosines of the tiles.
         backgrounds: by concept, of every tile of the sensor.
         cells: the grid.
@@ -338,7 +340,8 @@ def map_concepts(
             raise DataError(
                 f"{concept!r} has scores of shape {values.shape} for {tiles.num_rows} tiles: score them again."
             )
-    lon, lat = columns(tiles, "center_lon_deg", "center_lat_deg")
+    rows = tiles.select([name for name in SEARCH_RESULTS.schema.names if name != "score"])
+    lon, lat = columns(rows, "center_lon_deg", "center_lat_deg")
     keys, cell_of = np.unique(cells.keys(lon, lat), return_inverse=True)
     of_cell = np.bincount(cell_of, minlength=len(keys))
     thresholds = tuple(sorted({*LADDER, float(threshold)}))
@@ -361,7 +364,7 @@ def map_concepts(
         best[number, cell_of[order]] = order
     return ConceptMaps(
         *(cells, keys, of_cell, tuple(scores), kept, thresholds, float(threshold)),
-        *(counts, mean_score, mean_contrast, best, matrix, tiles.drop_columns(["score"])),
+        *(counts, mean_score, mean_contrast, best, matrix, rows, cell_of),
     )
 
 

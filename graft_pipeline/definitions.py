@@ -10,6 +10,7 @@ import dagster as dg
 
 from assets.ablations import build_ablations
 from assets.areas import regions
+from assets.concepts import build_concept_assets
 from assets.evaluation import build_evaluation_assets
 from assets.external import build_external_assets
 from assets.ground import (
@@ -136,6 +137,7 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     ]
     for sensor in sensors:
         assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
+        assets += build_concept_assets(sensor, settings, has_truth=has_truth)
         if has_truth:
             assets += [*build_planet_assets(sensor), build_ablations(sensor)]
     assets += build_evaluation_assets(settings)
@@ -155,7 +157,11 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         raise SettingsError(f"No resource {', '.join(sorted(unknown))}: override {', '.join(resources)}.")
     return dg.Definitions(
         assets=assets,
-        jobs=build_jobs([sensor.name for sensor in sensors], has_scores=has_truth),
+        jobs=build_jobs(
+            [sensor.name for sensor in sensors],
+            has_scores=has_truth,
+            has_maps=has_truth or bool(settings.concepts),
+        ),
         resources={**resources, **overrides},
         # One process a run: a region is minutes of work in threads, and its world opens once.
         executor=dg.in_process_executor,

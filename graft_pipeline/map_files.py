@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from PIL import Image
 from graft_pipeline.concept_maps import EQUAL_AREA, ConceptMaps, to_table
 from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import transformer
-from graft_pipeline.manifests import conform, parquet_bytes, write_bytes_atomic
+from graft_pipeline.manifests import conform, parquet_bytes, remove_partial_files, write_bytes_atomic
 from graft_pipeline.previews import data_uri
 from graft_pipeline.schemas import CONCEPT_MAPS
 from graft_pipeline.sheets import ReadRows, chips_by_id
@@ -27,12 +28,16 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
     from upath import UPath
 
-#: What a browser draws without delay, and what an uncompressed band of a raster may take.
+#: What a browser draws without delay, and pixels times bands of a raster, which is made in memory.
 MAX_PAGE_CELLS = 20_000
-MAX_PIXELS = 40_000_000
+MAX_VALUES = 200_000_000
 #: Pictures of a concept's best tiles on a page, and their side.
 BEST_TILES = 12
 PICTURE_PX = 128
+
+
+class TooManyCellsError(InputError):
+    """A form of a map cannot hold so many cells."""
 
 
 def geoparquet(maps: ConceptMaps) -> bytes:
@@ -52,7 +57,8 @@ def geotiff(maps: ConceptMaps) -> bytes:
         hexagons about a hundred.
 
     Raises:
-        InputError: if there is no cell, or the raster would be too large.
+        InputError: if there is no cell.
+        TooManyCellsError: if the raster would be too large.
     """
     import rasterio.shutil
     from rasterio.features import rasterize
@@ -65,9 +71,9 @@ def geotiff(maps: ConceptMaps) -> bytes:
     west, north = math.floor(bounds[0] / pixel_m + 1e-6), math.ceil(bounds[3] / pixel_m - 1e-6)
     width = math.ceil(bounds[2] / pixel_m - 1e-6) - west
     height = north - math.floor(bounds[1] / pixel_m + 1e-6)
-    if width * height > MAX_PIXELS:
-        raise InputError(
-            f"The map would be {width} x {height} pixels of {pixel_m:.0f} m: map a smaller area (one side of the "
+    if width * height * (len(maps.concepts) + 1) > MAX_VALUES:
+        raise TooManyCellsError(
+            f"A GeoTIFF would be {width} x {height} pixels of {pixel_m:.0f} m: map a smaller area (one side of the "
             "antimeridian at a time), or give larger cells."
         )
     transform = from_origin(west * pixel_m, north * pixel_m, pixel_m, pixel_m)
@@ -129,7 +135,8 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
         The page, UTF-8. It asks no server for anything: its map library, data and pictures are in it.
 
     Raises:
-        InputError: if there is no cell, or more than a browser draws.
+        InputError: if there is no cell.
+        TooManyCellsError: if there are more than a browser draws.
     """
     import shapely
     from jinja2 import Environment, PackageLoader
@@ -137,7 +144,7 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
 
     _check_not_empty(maps)
     if len(maps.keys) > MAX_PAGE_CELLS:
-        raise InputError(
+        raise TooManyCellsError(
             f"A page of {len(maps.keys):,} cells is too slow: give larger cells or a smaller area, or write the "
             ".parquet or .tif, which have no such limit."
         )
@@ -192,27 +199,41 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
     return made.encode()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What became of the maps.
+
+    Attributes:
+        files: by file that holds them, whether its content changed.
+        left_out: forms that cannot hold so many cells, by ending, and why.
+    """
+
+    files: "dict[UPath | Path, bool]"
+    left_out: dict[str, str]
+
+
 def write_maps(
     output: "UPath | Path",
     maps: ConceptMaps,
     title: str,
     read_chips: ReadRows,
     area: "BaseGeometry | None" = None,
-) -> "dict[UPath | Path, bool]":
+) -> Written:
     """Write the maps as what a name says.
 
     Args:
-        output: file that ends in `.parquet`, `.tif` or `.html`; or a folder, which gets one of each.
+        output: file that ends in `.parquet`, `.tif` or `.html`; or a folder, which gets one of each. There, a form that
+            cannot hold so many cells is left out, and an earlier file of it removed.
         maps: the maps.
         title: heading of the page.
         read_chips: where the page's pictures come from.
         area: see `page`.
 
     Returns:
-        By file that was written, whether its content changed.
+        What was written.
 
     Raises:
-        InputError: if the name ends in something else, there is no cell, or a form cannot hold that many.
+        InputError: if the name ends in something else, there is no cell, or the file cannot hold so many.
     """
     forms: dict[str, Callable[[], bytes]] = {
         ".parquet": lambda: geoparquet(maps),
@@ -222,10 +243,20 @@ def write_maps(
     if output.suffix and output.suffix not in forms:
         raise InputError(f"{output} is no map: end its name in {', '.join(forms)}, or name a folder.")
     _check_not_empty(maps)
-    files = [output] if output.suffix else [output / f"{CONCEPT_MAPS.name}{suffix}" for suffix in forms]
+    if output.suffix:
+        return Written({output: write_bytes_atomic(output, forms[output.suffix]())}, {})
+    remove_partial_files(output)
+    contents: dict[str, bytes] = {}
+    left_out: dict[str, str] = {}
     # All are made before one is written: files of a folder belong together.
-    contents = [forms[file.suffix]() for file in files]
-    return {file: write_bytes_atomic(file, content) for file, content in zip(files, contents, strict=True)}
+    for suffix, make in forms.items():
+        try:
+            contents[suffix] = make()
+        except TooManyCellsError as error:
+            left_out[suffix] = str(error)
+            (output / f"{CONCEPT_MAPS.name}{suffix}").unlink(missing_ok=True)
+    files = {output / f"{CONCEPT_MAPS.name}{suffix}": content for suffix, content in contents.items()}
+    return Written({file: write_bytes_atomic(file, content) for file, content in files.items()}, left_out)
 
 
 def _check_not_empty(maps: ConceptMaps) -> None:

@@ -76,7 +76,7 @@ def contact_sheet(
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(255, 60, 60), outline="white")
         frame = frames[number] if number < len(frames) else None
         if frame:
-            draw.rectangle((left - 2, top - 2, left + cell_px + 1, top + cell_px + 1), outline=frame, width=2)
+            draw.rectangle((left, top, left + cell_px - 1, top + cell_px - 1), outline=frame, width=3)
         if number < len(labels):
             lines = textwrap.wrap(labels[number], cell_px // 6) if label_lines > 1 else [labels[number]]
             for line, text in enumerate(lines[:label_lines]):
@@ -165,6 +165,49 @@ def density_map(lon: np.ndarray, lat: np.ndarray, *, title: str) -> bytes:
         axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(np.mean(lat))))))
     axes.set(title=title, xlabel="longitude", ylabel="latitude")
     return _png(figure)
+
+
+def cell_maps(
+    outlines: Sequence[np.ndarray], panels: Sequence[tuple[str, np.ndarray]], *, title: str, columns: int = 4
+) -> bytes:
+    """Draw values of cells, darker is more (paper, figure 5), one small map beside the other.
+
+    Args:
+        outlines: (V, 2) corners of each cell, longitude and latitude in degrees.
+        panels: heading and (C,) values of each map, drawn from 0 to their greatest.
+        title: heading of all.
+        columns: maps in a row.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(1.9 * columns, 2.0 * rows + 0.4), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    corners = np.concatenate([np.zeros((0, 2)), *outlines])
+    for number, (heading, values) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.set_title(heading, fontsize=8)
+        axes.set(xticks=[], yticks=[], facecolor="#f1f1ee")
+        if len(outlines):
+            cells = PolyCollection(outlines, cmap="Blues", edgecolors="face", linewidths=0.2)
+            cells.set_array(values)
+            # A map of nothing is white, not dark.
+            cells.set_clim(0, max(float(np.nanmax(values)), 1e-9))
+            axes.add_collection(cells)
+            axes.set(xlim=(corners[:, 0].min(), corners[:, 0].max()))
+            axes.set(ylim=(corners[:, 1].min(), corners[:, 1].max()))
+            axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(corners[:, 1].mean())))))
+    figure.suptitle(title, fontsize=10)
+    # One colour ramp and black: a palette shows the same in a third of the bytes.
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(_png(figure))) as drawn:
+        drawn.convert("RGB").quantize(64).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def histogram(values: np.ndarray, *, title: str, unit: str) -> bytes:

@@ -186,6 +186,12 @@ class Settings(BaseSettings):
     #: Where published datasets lie, by name: `{"eurosat": "/data/EuroSAT"}`; each becomes an asset of `evaluation`.
     evaluation_data: dict[str, Path] = Field(default_factory=dict)
 
+    # --- concept maps ---
+    #: What is mapped as assets, in words: `["farmland", "a solar farm"]`; unset: nothing, on the planet its classes.
+    concepts: tuple[str, ...] = ()
+    #: H3 resolution of the maps' hexagons; 7 is 5 km2 a cell.
+    concept_resolution: int = Field(7, ge=3, le=10)
+
     # --- questions ---
     #: Any OpenAI-compatible endpoint whose model writes programs for questions, such as http://localhost:11434/v1;
     #: unset: questions of the embedded grammar only.
@@ -200,6 +206,13 @@ class Settings(BaseSettings):
     photos_per_tile: int = Field(25, gt=0)
     sampling: Literal["non_overlapping", "random", "per_quarter"] = "non_overlapping"
     validation_fraction: float = Field(0.1, gt=0, lt=1)
+
+    # --- search page ---
+    #: What `graft serve` draws its map on: an XYZ URL such as `https://maps.example.org/{z}/{x}/{y}.png`, whose terms
+    #: allow it. Unset: the planet's own ground, in production a plain background with the regions' borders.
+    basemap_url: str | None = Field(None, pattern=r"^https?://[^/\s'\";,?#]+/[^\s'\";,]*$")
+    #: Whom the base map's terms want named, in plain text.
+    basemap_attribution: str = ""
 
     #: None: production if keys are set, the planet if none is.
     world: Literal["production", "planet"] | None = None
@@ -235,6 +248,13 @@ class Settings(BaseSettings):
                 "or none of them (or GRAFT_WORLD=planet) for the embedded planet"
             )
         return self
+
+    @field_validator("basemap_url")
+    @classmethod
+    def _a_base_map_has_tiles(cls, value: str | None) -> str | None:
+        if value is not None and not all(part in value for part in ("{z}", "{x}", "{y}")):
+            raise ValueError("basemap_url must hold {z}, {x} and {y}")
+        return value
 
     @model_validator(mode="after")
     def _a_pod_has_an_image(self) -> "Settings":
