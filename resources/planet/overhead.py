@@ -675,6 +675,12 @@ class Painter:
             foul = ((np.abs(first) < 0.7) & (third > 0)) | ((np.abs(third) < 0.7) & (first > 0))
             np.copyto(part, line, where=is_field & foul)
 
+    def mean_colours(self) -> NDArray[np.uint8]:
+        """(12, 3) uint8 RGB: the mean over each class's texture; of farmland, over all crops too."""
+        means = unpack(self._atlas.reshape(len(CLASSES), -1))[:3].mean(axis=-1).T
+        means[FARMLAND] = _CROPS[:, :3].mean(axis=0)
+        return np.rint(means).astype(np.uint8)
+
     # --- light and sensors ---
 
     def _gains(self, zone: int, axes: Axes, cover: Cover) -> tuple[NDArray[np.int16], NDArray[np.int16]]:

@@ -6,7 +6,7 @@ How land, pixels and photos are made is in the modules beside this one; protocol
 import math
 from collections.abc import Callable
 from datetime import UTC, date, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,8 @@ from resources.planet.photographers import SIZES_PX, Photographers
 
 NAIP_GSD_M = 1.0
 SENTINEL2_GSD_M = 10.0
+#: Day of the Sentinel-2 pixels on maps.
+_SUMMER = date(2022, 7, 15)
 
 #: The planet's present unless it is asked for an earlier one: its last photos and scenes are a day old.
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
@@ -215,6 +217,30 @@ class World:
             middle = (axis[some].min() + axis[some].max()) // 2
             waiting += [some[axis[some] <= middle], some[axis[some] > middle]]
         return strips
+
+    # --- maps ---
+
+    def natural_colours(self, zone: int, axes: Axes) -> NDArray[np.uint8]:
+        """The ground as a map shows it: NAIP's colours, or Sentinel-2's of a cloudless summer day made like them.
+
+        Args:
+            zone: UTM zone of the plane.
+            axes: middles of native 1 m or 10 m pixels, which need not be neighbours.
+
+        Returns:
+            (3, H, W) uint8 RGB.
+        """
+        land = self._land(zone)
+        if axes.gsd_m == NAIP_GSD_M:
+            return self._painter.naip(zone, land, axes, self.now.year, 0)[:3]
+        reflectance = self._painter.sentinel2(zone, land, axes, _SUMMER, 0, 0.0)[2::-1]
+        # The painter's own slope: 8 bits of paint are about ten times as much reflectance (overhead.py).
+        return np.clip(reflectance // 10, 0, 255).astype(np.uint8)
+
+    @cached_property
+    def mean_colours(self) -> NDArray[np.uint8]:
+        """(12, 3) uint8 RGB: how each class looks from afar."""
+        return self._painter.mean_colours()
 
     # --- photos ---
 
