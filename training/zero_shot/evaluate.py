@@ -60,6 +60,7 @@ class Evaluation:
         confusion: per contender with text, on single-label sets: accuracy, recall per class, confusion matrix.
         average_precision: per contender with text: class to average precision.
         best: per contender with text: (K, 10) numbers of the images retrieved first for each class.
+        is_right: per contender with text: (K, 10) bool, which of those are of the class.
         worst: per contender with text: for each class, up to ten of its images that are retrieved last.
         skipped: samples that were not scored, by reason.
         read: images of the set in order; the numbers above count them.
@@ -72,6 +73,7 @@ class Evaluation:
     confusion: dict[str, Scores]
     average_precision: dict[str, dict[str, float]]
     best: dict[str, NDArray[np.int64]]
+    is_right: dict[str, NDArray[np.bool_]]
     worst: dict[str, list[NDArray[np.int64]]]
     skipped: dict[str, int]
     read: Callable[[int], NDArray[np.uint8]] = field(repr=False)
@@ -152,7 +154,7 @@ def evaluate_images(
     random = np.random.default_rng(seed)
     resampled = [random.integers(len(kept), size=len(kept)) for _ in range(resamples)]
     metrics: dict[str, dict[str, dict[str, Measure]]] = {"zero-shot": {}}
-    confusion, precision, best, worst = {}, {}, {}, {}
+    confusion, precision, best, right, worst = {}, {}, {}, {}, {}
     for contender in contenders:
         if not contender.has_text:
             continue
@@ -168,6 +170,7 @@ def evaluate_images(
         }
         order = np.argsort(-scores, axis=0, kind="stable")
         best[name] = kept[order[:_TOP].T]
+        right[name] = np.take_along_axis(labels, order[:_TOP], axis=0).T
         worst[name] = [kept[own[labels[own, n]][::-1][:_TOP]] for n, own in enumerate(order.T)]
     metrics["zero-shot"][CHANCE] = chance(labels, is_multi_label=images.is_multi_label, seed=seed)
     if draws:
@@ -183,6 +186,7 @@ def evaluate_images(
         confusion=confusion,
         average_precision=precision,
         best=best,
+        is_right=right,
         worst=worst,
         skipped=dict(skipped),
         read=images.read,
