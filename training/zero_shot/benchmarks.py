@@ -1,6 +1,7 @@
 """The paper's protocol on one dataset by name: its reader, its prompts, its contenders.
 
-The names are in catalogue.py, readers in datasets.py and mask_sets.py, scores in evaluate.py and evaluate_masks.py.
+The names are in catalogue.py, readers in datasets.py, mask_sets.py and answering/rsvqa.py, scores in evaluate.py,
+evaluate_masks.py and answering/scoring.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from typing import Protocol
 from upath import UPath
 
 from graft_pipeline.errors import InputError
+from training.zero_shot.answering.rsvqa import open_question_set
+from training.zero_shot.answering.scoring import AnswerEvaluation, ProgramAnswerer, evaluate_answers
+from training.zero_shot.answering.writers import Writer
 from training.zero_shot.catalogue import DATASETS
 from training.zero_shot.contenders import open_contender
 from training.zero_shot.datasets import READERS, open_image_set
@@ -20,6 +24,8 @@ from training.zero_shot.prompts import load_prompts
 
 #: Name of the deployment's own encoder among contenders.
 OURS = "GRAFT (ours)"
+#: Questions that the paper draws of RSVQA-HR.
+QUESTIONS = 500
 
 
 class Foundation(Protocol):
@@ -38,10 +44,12 @@ def evaluate_dataset(
     *,
     sam: str | None = None,
     draws: int = 10,
+    questions: int = QUESTIONS,
+    writer: Writer | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation | MaskEvaluation:
+) -> Evaluation | MaskEvaluation | AnswerEvaluation:
     """Score models on a dataset as the paper does.
 
     Args:
@@ -53,9 +61,11 @@ def evaluate_dataset(
         models_folder: where the deployment's encoders lie.
         sam: folder or hub name of a SAM: patch segmenters are scored with and without its refinement.
         draws: one-shot runs.
-        seed: of examples and resamples.
+        questions: how many questions are drawn of a set of questions; 0 takes all.
+        writer: of programs for questions; None: the grammar of RSVQA's questions.
+        seed: of examples, questions and resamples.
         device: where models run.
-        progress: told (images done, images).
+        progress: told (images or questions done, of so many).
 
     Returns:
         The scores.
@@ -66,6 +76,11 @@ def evaluate_dataset(
     if name not in DATASETS:
         raise InputError(f"No dataset {name!r}: use one of {', '.join(DATASETS)}.")
     of = DATASETS[name]
+    if of.prompts is None:
+        asked = open_question_set(name, data).sampled(questions, seed)
+        specs = contenders or [own_encoder(name, models_folder)]
+        answerers = [_answerer(spec, prompts, writer, device) for spec in specs]
+        return evaluate_answers(answerers, asked, seed=seed, progress=progress)
     words = load_prompts(prompts or of.prompts)
     if name in READERS:
         images = open_image_set(name, data)
@@ -77,6 +92,18 @@ def evaluate_dataset(
     for spec in contenders or [own_encoder(name, models_folder)]:
         segmenters += _segmenters(spec, sam, device)
     return evaluate_masks(segmenters, masks, words, seed=seed, progress=progress)
+
+
+def _answerer(spec: str, prompts: str | None, writer: Writer | None, device: str) -> ProgramAnswerer:
+    """A model of a spec as the eyes of programs."""
+    from training.zero_shot.answering.detection import PatchDetector
+    from training.zero_shot.answering.interpreter import Interpreter
+    from training.zero_shot.answering.writers import with_grammar
+
+    model = open_contender(spec, device)
+    if model.clip is None:
+        raise InputError(f"{model.name} knows no words and cannot look for them: name CLIPs only.")
+    return ProgramAnswerer(model.name, writer or with_grammar(), Interpreter(PatchDetector(model.clip)))
 
 
 def _segmenters(spec: str, sam: str | None, device: str) -> list[Segmenter]:

@@ -14,12 +14,12 @@ class BenchmarkDataset:
     Attributes:
         sensor: whose encoder it is for.
         level: of the encoder.
-        prompts: prompt set that goes with it.
+        prompts: prompt set that goes with it; None for questions, which bring their own words.
     """
 
     sensor: str
     level: Literal["image", "pixel"]
-    prompts: str
+    prompts: str | None
 
 
 DATASETS = {
@@ -32,4 +32,7 @@ DATASETS = {
     "naip_osm_single": BenchmarkDataset("naip", "image", "naip_osm"),
     "satlas_naip": BenchmarkDataset("naip", "pixel", "satlas"),
     "satlas_sentinel2": BenchmarkDataset("sentinel2", "pixel", "satlas"),
+    "rsvqa_lr": BenchmarkDataset("sentinel2", "pixel", None),
+    "rsvqa_hr": BenchmarkDataset("naip", "pixel", None),
+    "rsvqa_hr_phili": BenchmarkDataset("naip", "pixel", None),
 }

@@ -1,10 +1,10 @@
 """Evaluations on disk, and the report over them: the paper's tables with our rows beside them, and pictures.
 
-Numbers are computed in evaluate.py and evaluate_masks.py; nothing is computed here but percentages.
+Numbers are computed in evaluate.py, evaluate_masks.py and answering/scoring.py; here are percentages alone.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -21,12 +21,14 @@ from training.zero_shot.evaluate_masks import MaskEvaluation
 from training.zero_shot.mask_sets import UNLABELLED
 from training.zero_shot.raster import PALETTE
 
-_CELL_PX = 72
+_CELL_PX = 88
 _RELEASED = "released"
 _UNLABELLED_COLOUR = (255, 255, 255)
+#: Frames of retrieved images.
+_RIGHT, _WRONG = (30, 150, 60), (210, 60, 50)
 
 
-def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation) -> dict[str, bytes]:
+def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | Any) -> dict[str, bytes]:
     """Write one evaluation: `DATASET.json`, and pictures in `DATASET/`.
 
     Args:
@@ -36,17 +38,26 @@ def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation) -> dict[st
     Returns:
         The pictures by name, PNG or JPEG.
     """
-    of_images = isinstance(made, Evaluation)
-    pictures = _image_pictures(made) if isinstance(made, Evaluation) else _mask_pictures(made)
-    per_class = (
-        made.average_precision
-        if isinstance(made, Evaluation)
-        else {name: scores.recall for name, scores in made.by_class.items()}
-    )
+    if isinstance(made, Evaluation):
+        pictures = _image_pictures(made)
+        facts = {"classes": made.classes, "average_precision": made.average_precision}
+    elif isinstance(made, MaskEvaluation):
+        pictures = _mask_pictures(made)
+        recall = {name: scores.recall for name, scores in made.by_class.items()}
+        facts = {"classes": made.classes, "recall": recall}
+    else:
+        from training.zero_shot.answering.pictures import answer_pictures
+
+        pictures = answer_pictures(made)
+        facts = {
+            "questions": made.questions,
+            "count_errors": made.count_errors,
+            "unanswered": made.unanswered,
+            "has_prior": made.has_prior,
+        }
     content = {
         "dataset": made.dataset,
         "images": made.images,
-        "classes": made.classes,
         "skipped": made.skipped,
         "metrics": {
             task: {
@@ -55,7 +66,7 @@ def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation) -> dict[st
             }
             for task, contenders in made.metrics.items()
         },
-        "average_precision" if of_images else "recall": per_class,
+        **facts,
     }
     for name, picture in pictures.items():
         suffix = "jpg" if picture[:2] == b"\xff\xd8" else "png"
@@ -111,7 +122,7 @@ def read_released(folder: UPath, dataset: str) -> dict[str, Any] | None:
 
 
 def paper_tables() -> dict[str, dict[str, Any]]:
-    """The paper's Tables 1 to 3: title, columns (dataset, metric, heading) and rows (model, task, percentages)."""
+    """The paper's Tables 1 to 4: title, columns (dataset, metric, heading), rows (model, task, percentages), note."""
     text = (resources.files(__package__) / "paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = json.loads(text)
     return tables
@@ -166,7 +177,12 @@ def write_evaluation_report(folder: UPath) -> str:
     if not evaluations:
         raise InputError(f"{folder} holds no evaluation: evaluate a dataset first.")
     tables = {
-        name: (table["title"], [heading for *_, heading in table["columns"]], table_rows(table, evaluations))
+        name: (
+            table["title"],
+            [heading for *_, heading in table["columns"]],
+            table_rows(table, evaluations),
+            table.get("note", ""),
+        )
         for name, table in paper_tables().items()
         if any(dataset in evaluations for dataset, *_ in table["columns"])
     }
@@ -226,7 +242,7 @@ def _image_pictures(made: Evaluation) -> dict[str, bytes]:
     }
     for name in made.best:
         pictures[f"retrieved_first_{_file_name(name)}"] = _sheet(
-            made.read, made.classes, list(made.best[name])
+            made.read, made.classes, list(made.best[name]), list(made.is_right[name])
         )
         pictures[f"retrieved_last_of_the_class_{_file_name(name)}"] = _sheet(
             made.read, made.classes, made.worst[name]
@@ -235,16 +251,28 @@ def _image_pictures(made: Evaluation) -> dict[str, bytes]:
 
 
 def _sheet(
-    read: Callable[[int], NDArray[np.uint8]], classes: tuple[str, ...], rows: list[NDArray[np.int64]]
+    read: Callable[[int], NDArray[np.uint8]],
+    classes: tuple[str, ...],
+    rows: list[NDArray[np.int64]],
+    is_right: Sequence[NDArray[np.bool_]] = (),
 ) -> bytes:
-    """Images of each class, a row each."""
+    """Images of each class, a row each, those that are right in a green frame and the others in a red one."""
     width = max(len(row) for row in rows)
-    images, labels = [], []
-    blank = np.full((_CELL_PX, _CELL_PX, 3), 245, np.uint8)
-    for name, row in zip(classes, rows, strict=True):
-        images += [read(int(number)) for number in row] + [blank] * (width - len(row))
-        labels += [name[:16]] * width
-    return previews.contact_sheet(images, labels, columns=width, cell_px=_CELL_PX)
+    images: list[NDArray[np.uint8]] = []
+    labels: list[str] = []
+    frames: list[tuple[int, int, int] | None] = []
+    blank = np.full((_CELL_PX, _CELL_PX, 3), 255, np.uint8)
+    for number, (name, row) in enumerate(zip(classes, rows, strict=True)):
+        empty = width - len(row)
+        images += [read(int(image)) for image in row] + [blank] * empty
+        labels += [name] + [""] * (width - 1)
+        frames += (
+            [_RIGHT if of else _WRONG for of in is_right[number]] if len(is_right) else [None] * len(row)
+        )
+        frames += [None] * empty
+    return previews.contact_sheet(
+        images, labels, columns=width, cell_px=_CELL_PX, frames=frames, label_lines=2
+    )
 
 
 def _mask_pictures(made: MaskEvaluation) -> dict[str, bytes]:
@@ -263,7 +291,13 @@ def _mask_pictures(made: MaskEvaluation) -> dict[str, bytes]:
     pictures = {
         "overlays": previews.contact_sheet(
             images, labels, columns=len(images) // len(made.shown), cell_px=2 * _CELL_PX
-        )
+        ),
+        "colours_of_the_classes": previews.contact_sheet(
+            [np.full((8, 8, 3), colour, np.uint8) for colour in palette],
+            made.classes,
+            columns=len(palette),
+            cell_px=_CELL_PX,
+        ),
     }
     return pictures | {
         f"confusion_{_file_name(name)}": previews.confusion(
