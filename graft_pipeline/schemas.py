@@ -394,8 +394,8 @@ OSM_LABELS = _dataset(
     partitions=("sensor", "region"),
 )
 
-#: Its files are GeoParquet as they lie: the standard wants this key in a file's metadata, and means EPSG:4326 where no
-#: CRS is named (geoparquet.org/releases/v1.1.0).
+#: Its files are GeoParquet as they lie: the standard wants this key in a file's metadata, and means OGC:CRS84 (as
+#: EPSG:4326, longitude first) where no CRS is named (geoparquet.org/releases/v1.1.0).
 _GEOPARQUET = {
     "version": "1.1.0",
     "primary_column": "outline_wkb",
