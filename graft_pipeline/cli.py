@@ -14,6 +14,7 @@ from graft_pipeline.errors import GraftError
 
 if TYPE_CHECKING:
     from resources.storage import Storage
+    from training.zero_shot.answering.writers import Writer
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
@@ -50,6 +51,14 @@ def _storage() -> "Storage":
     from resources.storage import Storage
 
     return Storage(load_settings().root)
+
+
+def _model_writer() -> "Writer":
+    from graft_pipeline.settings import load_settings
+    from resources.program_writer import ProgramModel
+    from training.zero_shot.answering.writers import PromptedWriter
+
+    return PromptedWriter(ProgramModel.from_settings(load_settings()).complete)
 
 
 def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -462,7 +471,7 @@ def evaluate(
         str,
         typer.Argument(
             help="eurosat, bigearthnet, bigearthnet43, sat4, sat6, naip_osm, naip_osm_single, satlas_naip, "
-            "satlas_sentinel2."
+            "satlas_sentinel2, rsvqa_lr, rsvqa_hr, rsvqa_hr_phili."
         ),
     ],
     data: Annotated[
@@ -488,15 +497,26 @@ def evaluate(
         str | None, typer.Option(help="Folder or hub name of a SAM: segmentation is scored refined as well.")
     ] = None,
     draws: Annotated[int, typer.Option(min=0, help="One-shot runs; 0 leaves one-shot out.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of one-shot examples and bootstrap resamples.")] = 0,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Questions drawn of RSVQA, as the paper does; 0 takes all.")
+    ] = 500,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model",
+            help="The language model at GRAFT_ANSWER_URL writes every program, not the grammar of RSVQA's questions.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of examples, questions and bootstrap resamples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
 ) -> None:
-    """Score encoders on a benchmark of the paper, beside the paper's own numbers (Tables 1 to 3)."""
+    """Score encoders on a benchmark of the paper, beside the paper's own numbers (Tables 1 to 4)."""
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import Progress
     from upath import UPath
 
+    from training.zero_shot.answering.scoring import AnswerEvaluation
     from training.zero_shot.benchmarks import evaluate_dataset
     from training.zero_shot.tables import save_evaluation, write_evaluation_report
 
@@ -510,6 +530,8 @@ def evaluate(
             _storage().models_folder,
             sam=sam,
             draws=draws,
+            questions=questions,
+            writer=_model_writer() if model else None,
             seed=seed,
             device=device,
             progress=lambda done, of: bars.update(task, completed=done, total=of),
@@ -518,8 +540,10 @@ def evaluate(
     save_evaluation(folder, made)
     Console().print(Markdown(write_evaluation_report(folder).split("\n## " + dataset)[0]))
     skipped = ", ".join(f"{reason} {count}" for reason, count in made.skipped.items())
+    asked = f"{sum(made.questions.values())} questions of " if isinstance(made, AnswerEvaluation) else ""
     typer.echo(
-        f"{made.images} images scored{f'; left out: {skipped}' if skipped else ''}. Report: {output}/report.html"
+        f"{asked}{made.images} images scored{f'; left out: {skipped}' if skipped else ''}. "
+        f"Report: {output}/report.html"
     )
 
 
