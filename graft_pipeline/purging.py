@@ -19,10 +19,12 @@ import pyarrow.compute as pc
 from graft_pipeline.errors import InputError
 from graft_pipeline.manifests import connect, remove_partial_files
 from graft_pipeline.schemas import (
+    CONCEPT_MAPS,
     DATASETS,
     FLICKR_PHOTOS,
     PURGED_OWNERS,
     PURGED_PHOTOS,
+    TILES,
     TRAINING_PAIRS,
     Dataset,
 )
@@ -124,10 +126,11 @@ def purge(
     """Remove photos from every dataset, and keep them out.
 
     First the photos are listed in PURGED_PHOTOS, and the owners in PURGED_OWNERS: `keep_out` drops them from
-    whatever Flickr finds later. Then go the training sets that hold any of them, then, region by region, every
-    row that names one: metadata, image, embedding, outdoor score, pairs. A tile goes with its centre photo,
-    whose id and place it has, and so do its chip, its chip embedding and its pairs. Photos that were rejected
-    as duplicates of a purged one stay so, without its id: the same picture is not to come back by another name.
+    whatever Flickr finds later. Then go the training sets that hold any of them, and the concept maps of sensors
+    that lose a tile, as they show the best ones; then, region by region, every row that names one: metadata,
+    image, embedding, outdoor score, pairs. A tile goes with its centre photo, whose id and place it has, and so do
+    its chip, its chip embedding and its pairs. Photos that were rejected as duplicates of a purged one stay so,
+    without its id: the same picture is not to come back by another name.
 
     Each file is replaced atomically. A purge that was killed is completed by the next one, of whatever photos:
     all that are listed are looked for again. No other process may write into the storage meanwhile.
@@ -180,6 +183,8 @@ def purge(
     for plan in plans:
         for folder in plan.snapshots:
             _delete_snapshot(folder)
+        for file in plan.maps:
+            file.unlink(missing_ok=True)
     for folder in _folders(storage, FLICKR_PHOTOS):
         # Answers of searches that were interrupted; they hold whatever Flickr found.
         Unfinished(folder).close()
@@ -211,6 +216,7 @@ class _Plan:
     rows: dict[str, int]
     regions: list[str]
     snapshots: list["UPath"]
+    maps: list["UPath"]
 
 
 def _plan(storage: Tables, photos: pa.Table) -> _Plan:
@@ -221,7 +227,13 @@ def _plan(storage: Tables, photos: pa.Table) -> _Plan:
         snapshots = _snapshots(storage, database)
     rows = {name: sum(count for _, count in found) for name, found in hits.items()}
     regions = sorted({values["region"] for found in hits.values() for values, _ in found})
-    return _Plan(storage, rows, regions, snapshots)
+    sensors = sorted({values["sensor"] for values, _ in hits[TILES.name]})
+    maps = [
+        file
+        for sensor in sensors
+        for file in storage.folder(CONCEPT_MAPS, sensor=sensor).glob(f"{CONCEPT_MAPS.name}.*")
+    ]
+    return _Plan(storage, rows, regions, snapshots, maps)
 
 
 def _hits(database: "DuckDBPyConnection", dataset: Dataset) -> list[tuple[dict[str, str], int]]:

@@ -39,6 +39,7 @@ from graft_pipeline.regions import Region
 from graft_pipeline.schemas import (
     CHIP_EMBEDDINGS,
     CHIPS,
+    CONCEPT_MAPS,
     DATASETS,
     FLICKR_PHOTOS,
     GROUND_EMBEDDINGS,
@@ -137,6 +138,15 @@ def collect(storage: Storage, make_photos: Callable[..., pa.Table]) -> None:
         storage.write(OUTDOOR_PHOTOS, pa.Table.from_pylist(scores, schema=OUTDOOR_PHOTOS.schema), region=key)
         sample(storage, key)
     training_sets.build_training_set(storage.root, SMALL)
+    tiles = pa.concat_tables([storage.read(TILES, **place) for place in storage.partitions(TILES)])
+    maps = [
+        {"concept": "lake", "cell_id": tile_id, "best_tile_id": tile_id, "outline_wkb": b""}
+        | dict.fromkeys(("center_lon_deg", "center_lat_deg", "share", "mean_score", "mean_contrast"), 0.5)
+        | {"tiles": 1, "hits": 1, "threshold": 1.0, "best_score": 0.5}
+        for tile_id in tiles["tile_id"].to_pylist()
+    ]
+    storage.write(CONCEPT_MAPS, pa.Table.from_pylist(maps, schema=CONCEPT_MAPS.schema), sensor="small")
+    (storage.folder(CONCEPT_MAPS, sensor="small") / "concept_maps.html").write_text("pictures")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +241,7 @@ def test_a_purged_photo_is_nowhere_and_all_else_is_as_it_was(copy: Callable[[], 
     }
     assert seen == [(1, 1)]
     assert not mentions(storage, centre, other)
+    assert not list(storage.folder(CONCEPT_MAPS, sensor="small").iterdir())
     assert not latest.exists()
     with pytest.raises(DataError, match="materialise training_set"):
         training_sets.latest(storage.root, SMALL)
