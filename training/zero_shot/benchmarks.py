@@ -11,16 +11,20 @@ from typing import Protocol
 from upath import UPath
 
 from graft_pipeline.errors import InputError
-from training.zero_shot.answering.rsvqa import open_question_set
+from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
+from training.encoders import Clip
+from training.zero_shot.answering.detection import Masks, PixelDetector
+from training.zero_shot.answering.interpreter import Interpreter
+from training.zero_shot.answering.rsvqa import LAYOUTS, open_question_set
 from training.zero_shot.answering.scoring import AnswerEvaluation, ProgramAnswerer, evaluate_answers
-from training.zero_shot.answering.writers import Writer
+from training.zero_shot.answering.writers import Writer, with_grammar
 from training.zero_shot.catalogue import DATASETS
 from training.zero_shot.contenders import open_contender
 from training.zero_shot.datasets import READERS, open_image_set
 from training.zero_shot.evaluate import Evaluation, evaluate_images
 from training.zero_shot.evaluate_masks import MaskEvaluation, PatchSegmenter, Segmenter, evaluate_masks
 from training.zero_shot.mask_sets import MASK_READERS
-from training.zero_shot.prompts import load_prompts
+from training.zero_shot.prompts import PromptSet, load_prompts
 
 #: Name of the deployment's own encoder among contenders.
 OURS = "GRAFT (ours)"
@@ -57,9 +61,10 @@ def evaluate_dataset(
         data: where it lies, as published.
         contenders: specs as of `contenders.open_contender`, and for segmentation `NAME=clipseg:FOLDER` too; none:
             the deployment's own encoder.
-        prompts: prompt set or JSON file in place of the dataset's own.
+        prompts: prompt set or JSON file in place of the dataset's own; of questions, the vocabulary of what images
+            show besides what is asked about.
         models_folder: where the deployment's encoders lie.
-        sam: folder or hub name of a SAM: patch segmenters are scored with and without its refinement.
+        sam: folder or hub name of a SAM: segmentation and answers are scored with and without its refinement.
         draws: one-shot runs.
         questions: how many questions are drawn of a set of questions; 0 takes all.
         writer: of programs for questions; None: the grammar of RSVQA's questions.
@@ -76,12 +81,14 @@ def evaluate_dataset(
     if name not in DATASETS:
         raise InputError(f"No dataset {name!r}: use one of {', '.join(DATASETS)}.")
     of = DATASETS[name]
-    if of.prompts is None:
-        asked = open_question_set(name, data).sampled(questions, seed)
-        specs = contenders or [own_encoder(name, models_folder)]
-        answerers = [_answerer(spec, prompts, writer, device) for spec in specs]
-        return evaluate_answers(answerers, asked, seed=seed, progress=progress)
     words = load_prompts(prompts or of.prompts)
+    if name in LAYOUTS:
+        asked = open_question_set(name, data).sampled(questions, seed)
+        sensor = {"naip": NAIP, "sentinel2": SENTINEL2}[of.sensor]
+        answerers: list[ProgramAnswerer] = []
+        for spec in contenders or [own_encoder(name, models_folder)]:
+            answerers += _answerers(spec, words, sensor, writer or with_grammar(), sam, device)
+        return evaluate_answers(answerers, asked, seed=seed, progress=progress)
     if name in READERS:
         images = open_image_set(name, data)
         specs = contenders or [own_encoder(name, models_folder)]
@@ -94,16 +101,45 @@ def evaluate_dataset(
     return evaluate_masks(segmenters, masks, words, seed=seed, progress=progress)
 
 
-def _answerer(spec: str, prompts: str | None, writer: Writer | None, device: str) -> ProgramAnswerer:
-    """A model of a spec as the eyes of programs."""
-    from training.zero_shot.answering.detection import PatchDetector
-    from training.zero_shot.answering.interpreter import Interpreter
-    from training.zero_shot.answering.writers import with_grammar
+def answerer_of(
+    name: str,
+    clip: Clip,
+    vocabulary: PromptSet,
+    sensor: Sensor,
+    writer: Writer | None = None,
+    masks: Masks | None = None,
+) -> ProgramAnswerer:
+    """A model as the eyes of programs.
 
+    Args:
+        name: as the report shows it.
+        clip: the model.
+        vocabulary: what images show besides what is asked about.
+        sensor: whose images it was trained on.
+        writer: of programs; None: the grammar.
+        masks: draws objects to their outlines, such as `prompted.Sam.masks`.
+
+    Returns:
+        What answers questions.
+    """
+    detector = PixelDetector(clip, vocabulary, sensor.gsd_m, masks=masks)
+    return ProgramAnswerer(name, writer or with_grammar(), Interpreter(detector))
+
+
+def _answerers(
+    spec: str, vocabulary: PromptSet, sensor: Sensor, writer: Writer, sam: str | None, device: str
+) -> list[ProgramAnswerer]:
+    """An answerer of a spec, and the same with SAM."""
     model = open_contender(spec, device)
     if model.clip is None:
         raise InputError(f"{model.name} knows no words and cannot look for them: name CLIPs only.")
-    return ProgramAnswerer(model.name, writer or with_grammar(), Interpreter(PatchDetector(model.clip)))
+    plain = answerer_of(model.name, model.clip, vocabulary, sensor, writer)
+    if sam is None:
+        return [plain]
+    from training.zero_shot.prompted import Sam
+
+    masks = Sam(sam, device=device).masks
+    return [plain, answerer_of(f"{model.name} + SAM", model.clip, vocabulary, sensor, writer, masks)]
 
 
 def _segmenters(spec: str, sam: str | None, device: str) -> list[Segmenter]:

@@ -14,12 +14,12 @@ class BenchmarkDataset:
     Attributes:
         sensor: whose encoder it is for.
         level: of the encoder.
-        prompts: prompt set that goes with it; None for questions, which bring their own words.
+        prompts: prompt set that goes with it; of questions, what their images show besides what is asked about.
     """
 
     sensor: str
     level: Literal["image", "pixel"]
-    prompts: str | None
+    prompts: str
 
 
 DATASETS = {
@@ -32,7 +32,7 @@ DATASETS = {
     "naip_osm_single": BenchmarkDataset("naip", "image", "naip_osm"),
     "satlas_naip": BenchmarkDataset("naip", "pixel", "satlas"),
     "satlas_sentinel2": BenchmarkDataset("sentinel2", "pixel", "satlas"),
-    "rsvqa_lr": BenchmarkDataset("sentinel2", "pixel", None),
-    "rsvqa_hr": BenchmarkDataset("naip", "pixel", None),
-    "rsvqa_hr_phili": BenchmarkDataset("naip", "pixel", None),
+    "rsvqa_lr": BenchmarkDataset("sentinel2", "pixel", "naip_osm"),
+    "rsvqa_hr": BenchmarkDataset("naip", "pixel", "naip_osm"),
+    "rsvqa_hr_phili": BenchmarkDataset("naip", "pixel", "naip_osm"),
 }

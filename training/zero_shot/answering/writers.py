@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from graft_pipeline.errors import InputError
+from training.zero_shot.answering.grammar import write_program
 from training.zero_shot.answering.language import API_TEXT, MAX_CHARACTERS, ProgramError, parse
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,30 @@ class PromptedWriter:
                 f"The language model wrote no program of the language, twice ({error}) Put the question in other "
                 "words, or name a larger model with GRAFT_ANSWER_MODEL."
             ) from error
+
+
+def with_grammar(model: Writer | None = None) -> Writer:
+    """The grammar, and for what it does not know a language model.
+
+    Args:
+        model: writes what the grammar cannot; None: nobody does.
+
+    Returns:
+        The writer; without a model it raises InputError for questions that are not of the grammar.
+    """
+
+    def write(question: str) -> str:
+        program = write_program(question)
+        if program is not None:
+            return program
+        if model is None:
+            raise InputError(
+                f"{question[:MAX_QUESTION]!r} has no form that the grammar knows: ask as in 'How many lakes are there?', "
+                "or name a language model (GRAFT_ANSWER_URL, GRAFT_ANSWER_MODEL)."
+            )
+        return model(question)
+
+    return write
 
 
 def _user(question: str) -> dict[str, str]:
