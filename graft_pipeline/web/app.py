@@ -28,7 +28,7 @@ from graft_pipeline.regions import Region
 from graft_pipeline.search import SearchIndex
 from graft_pipeline.search_index import read_manifest
 from graft_pipeline.web import parameters
-from graft_pipeline.web.scoring import EncodeText, Scorer, density, hits_geojson, listed
+from graft_pipeline.web.scoring import MAX_POINTS, EncodeText, Scorer, density, hits_geojson, listed
 from graft_pipeline.web.tiles import Tiles, UnknownError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def create_app(
     basemap: Basemap | None = None,
     shows_copies: bool = False,
     host: str = "127.0.0.1",
+    max_points: int = MAX_POINTS,
 ) -> Starlette:
     """The search page of one sensor.
 
@@ -104,11 +105,12 @@ def create_app(
         shows_copies: whether small copies of photos are shown; see `Tiles`.
         host: address that the server listens on. On loopback no other host's name is answered, so that no page of
             the web can read the answers by a name that it points here.
+        max_points: tiles that the map draws one by one; more are counted in cells.
 
     Returns:
         An ASGI application; it answers GET only and changes nothing.
     """
-    pages = _Pages(root, index, sensor, encode_text, grid_deg, basemap or Basemap(), shows_copies)
+    pages = _Pages(root, index, sensor, encode_text, grid_deg, basemap or Basemap(), shows_copies, max_points)
     hosts = [*LOOPBACK[:2]] if host in LOOPBACK else ["*"]
     return Starlette(
         routes=[
@@ -153,10 +155,11 @@ class _Pages:
         grid_deg: float,
         basemap: Basemap,
         shows_copies: bool,
+        max_points: int,
     ) -> None:
         self.base = basemap
         self._root, self._index, self._sensor, self._grid_deg = root, index, sensor, grid_deg
-        self._scorer = Scorer(index, encode_text)
+        self._scorer, self._max_points = Scorer(index, encode_text), max_points
         self._tiles = Tiles(root, sensor, shows_copies=shows_copies)
 
     def page(self, request: Request) -> Response:
@@ -212,7 +215,7 @@ class _Pages:
         """What every tile scores, for the map."""
         query = parameters.parse_query(request.query_params)
         view = parameters.parse_box(request.query_params, "view")
-        return JSONResponse(density(self._scorer.scored(query), view))
+        return JSONResponse(density(self._scorer.scored(query), view, self._max_points))
 
     def hits(self, request: Request) -> Response:
         """The tiles from a contrast on, as a GeoJSON file."""

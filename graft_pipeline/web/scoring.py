@@ -119,17 +119,18 @@ def _forget(kept: OrderedDict[str, Any], count: int) -> None:
         kept.popitem(last=False)
 
 
-def density(scored: Scored, view: Box | None) -> dict[str, Any]:
+def density(scored: Scored, view: Box | None, max_points: int = MAX_POINTS) -> dict[str, Any]:
     """What a map of a query draws.
 
     Args:
         scored: its tiles.
         view: what the map shows, degrees; None: everything.
+        max_points: tiles that are told one by one.
 
     Returns:
         JSON: `admitted` tiles, the `background`, a `histogram` of all their contrasts, the first and last of their
         `days`. Of those in the view either each (`kind` tiles: `tile_id`, `region` as a number into `regions`, `lon`,
-        `lat`, `contrast`) or, if they are more than MAX_POINTS, counts in squares of equal area (`kind` cells:
+        `lat`, `contrast`) or, if they are more than max_points, counts in squares of equal area (`kind` cells:
         `box`es as west, south, east, north, their `tiles`, and their `hits` from each of `thresholds` on).
     """
     background = scored.background
@@ -149,7 +150,7 @@ def density(scored: Scored, view: Box | None) -> dict[str, Any]:
         west, south, east, north = view
         shown = np.flatnonzero((lon >= west) & (lon <= east) & (lat >= south) & (lat <= north))
     answer["shown"] = len(shown)
-    if len(shown) > MAX_POINTS:
+    if len(shown) > max_points:
         return answer | _cells(scored, shown)
     some = scored.rows.take(pa.array(shown))
     regions = some["region"].combine_chunks().dictionary_encode()
