@@ -20,6 +20,7 @@ COMMANDS = [
     ["photos"],
     ["photos", "purge"],
     ["query"],
+    ["map"],
     ["status"],
 ]
 
