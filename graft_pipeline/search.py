@@ -4,9 +4,10 @@ How the index comes about is in search_index.py; how words become a vector, in t
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,15 +17,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import DataError, InputError
-from graft_pipeline.manifests import is_local
 from graft_pipeline.schemas import SEARCH_RESULTS
-from graft_pipeline.search_index import Manifest, Part, index_folder, read_manifest, read_sources
+from graft_pipeline.search_index import (
+    EXACT_ROWS,
+    Manifest,
+    Part,
+    drop_copies,
+    index_folder,
+    local_copy,
+    open_part,
+    read_manifest,
+    read_sources,
+)
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
     from upath import UPath
 
+    from graft_pipeline.shortlist import Shortlist
+
 logger = logging.getLogger(__name__)
+
+#: Whoever wants more than so many of the nearest gets them from scoring every tile.
+_MOST_SHORTLISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -41,76 +56,86 @@ class Filters:
     since: date | None = None
     until: date | None = None
 
-    def select(self, part: "_OpenPart") -> "npt.NDArray[np.bool_] | None":
-        """Which rows of a part are admitted.
-
-        Args:
-            part: the part.
-
-        Returns:
-            (N,) bool; None: all of them.
-        """
-        import shapely
-
-        admitted: npt.NDArray[np.bool_] | None = None
-        if self.area is not None:
-            box = shapely.box(*part.bounds)
-            if not self.area.intersects(box):
-                return np.zeros(part.rows, dtype=np.bool_)
-            if not self.area.covers(box):
-                admitted = shapely.intersects_xy(
-                    self.area, part.numbers("center_lon_deg"), part.numbers("center_lat_deg")
-                )
-        for day, is_first in ((self.since, True), (self.until, False)):
-            if day is not None:
-                start = np.datetime64(datetime.combine(day, time()), "ms")
-                acquired = part.numbers("acquired_at_utc")
-                fits = acquired >= start if is_first else acquired < start
-                admitted = fits if admitted is None else admitted & fits
-        return admitted
-
 
 class _OpenPart:
-    """A region's part, mapped into memory where its folder is local."""
+    """A region's part; its file is opened when its rows are first asked for."""
 
-    def __init__(self, folder: "UPath", region: str, part: Part) -> None:
-        path = folder / part.file
-        try:
-            source = pa.memory_map(str(path)) if is_local(path) else pa.BufferReader(path.read_bytes())
-            table = pa.ipc.open_file(source).read_all()
-        except FileNotFoundError as error:
-            raise DataError(f"{path} is gone: materialise the search index again.") from error
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"{path} is damaged ({error}): delete it and materialise the search index again."
-            ) from error
-        self.region, self.rows, self.bounds = region, part.rows, part.bounds
-        self._table = table.drop_columns(["embedding"])
-        vectors = table["embedding"].combine_chunks()
-        self.vectors = np.asarray(vectors.flatten()).reshape(part.rows, -1)
+    def __init__(self, path: "UPath", region: str, part: Part) -> None:
+        self._path, self.region, self.rows, self.bounds = path, region, part.rows, part.bounds
+
+    @cached_property
+    def _opened(self) -> tuple[pa.RecordBatch, npt.NDArray[np.float32]]:
+        table, vectors = open_part(self._path)
+        return table.combine_chunks().to_batches(max_chunksize=max(1, self.rows))[0], vectors
+
+    @property
+    def vectors(self) -> npt.NDArray[np.float32]:
+        """(N, D) float32, L2-normalised."""
+        return self._opened[1]
 
     def numbers(self, name: str) -> npt.NDArray[Any]:
         """A column as an array."""
-        return np.asarray(self._table[name].combine_chunks().to_numpy(zero_copy_only=False))
+        return np.asarray(self._opened[0].column(name).to_numpy(zero_copy_only=False))
 
-    def scores(self, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Cosine of every row, (N,) float32."""
-        return np.asarray(self.vectors @ vector, dtype=np.float32)
-
-    def results(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> pa.Table:
-        """SEARCH_RESULTS rows of some rows."""
-        table = self._table.take(pa.array(rows))
-        table = table.append_column("region", pa.array([self.region] * len(rows), pa.string()))
-        table = table.append_column("score", pa.array(scores, pa.float32()))
-        return table.select(SEARCH_RESULTS.schema.names).cast(SEARCH_RESULTS.schema)
+    def take(self, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        """Some rows without their embeddings."""
+        return self._opened[0].take(pa.array(rows))
 
     def find(self, tile_id: str) -> int:
         """Row of a tile; -1 if it is in another part."""
-        return int(pc.index(self._table["tile_id"], tile_id).as_py())
+        return int(pc.index(self._opened[0].column("tile_id"), tile_id).as_py())
+
+    def scores(
+        self, vector: npt.NDArray[np.float32], rows: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Cosine of some rows, or of all, (N,) float32."""
+        if rows is None:
+            return np.asarray(self.vectors @ vector, dtype=np.float32)
+        # Of few rows only these are read from the disk.
+        if 4 * len(rows) < self.rows:
+            return np.asarray(self.vectors[rows] @ vector, dtype=np.float32)
+        return np.asarray(self.vectors @ vector, dtype=np.float32)[rows]
+
+    def admitted(self, filters: Filters) -> npt.NDArray[np.bool_] | None:
+        """Which rows some filters admit, (N,) bool; None: all of them."""
+        import shapely
+
+        admitted: npt.NDArray[np.bool_] | None = None
+        if filters.area is not None:
+            box = shapely.box(*self.bounds)
+            if not filters.area.intersects(box):
+                return np.zeros(self.rows, dtype=np.bool_)
+            if not filters.area.covers(box):
+                lon, lat = self.numbers("center_lon_deg"), self.numbers("center_lat_deg")
+                admitted = np.asarray(shapely.intersects_xy(filters.area, lon, lat))
+        for day, is_first in ((filters.since, True), (filters.until, False)):
+            if day is not None:
+                start = np.datetime64(datetime.combine(day, time()), "ms")
+                acquired = self.numbers("acquired_at_utc")
+                fits = acquired >= start if is_first else acquired < start
+                admitted = fits if admitted is None else admitted & fits
+        return None if admitted is None or admitted.all() else admitted
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """Rows of one part, and their scores."""
+
+    part: _OpenPart
+    rows: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+
+#: A part, which of its rows are admitted (None: all), and how many.
+_Admitted = tuple[_OpenPart, npt.NDArray[np.bool_] | None, int]
 
 
 class SearchIndex:
     """The chip embeddings of a sensor's regions, to be asked for the tiles nearest to a vector.
+
+    Where at most `search_index.EXACT_ROWS` tiles are admitted, as in every small collection, each is scored and the
+    answer is exact. Of more, a shortlist says which are worth scoring: scores are exact then, too, but a few of the
+    nearest may be missing (benchmarks/search.py tells how many). May be asked from several threads.
 
     Attributes:
         sensor: name of the sensor.
@@ -123,8 +148,12 @@ class SearchIndex:
         """Use `open`."""
         self.sensor, self.model_id, self.width = sensor, manifest.model_id, manifest.width
         self.stale = stale
-        self._manifest = manifest
-        self._parts = {region: _OpenPart(folder, region, part) for region, part in manifest.parts.items()}
+        self._folder, self._manifest = folder, manifest
+        self._parts = [
+            _OpenPart(folder / part.file, region, part)
+            for region, part in manifest.parts.items()
+            if part.rows
+        ]
 
     @classmethod
     def open(cls, root: "UPath | Path", sensor: str) -> Self:
@@ -144,15 +173,20 @@ class SearchIndex:
 
         root = UPath(root)
         manifest = read_manifest(root, sensor)
-        if manifest is None:
-            raise DataError(f"There is no search index of {sensor}: materialise {sensor}/search_index.")
-        stale = _stale(root, sensor, manifest)
+        if manifest is None or not manifest.rows:
+            what = "There is no search index of" if manifest is None else "No tile is in the search index of"
+            raise DataError(
+                f"{what} {sensor}: materialise {sensor}/chip_embeddings of its regions, then {sensor}/search_index."
+            )
+        folder = index_folder(root, sensor)
+        drop_copies(folder, manifest)
+        stale = stale_regions(root, sensor, manifest)
         if stale:
             logger.warning(
-                "Search index of %s: %d regions are stale (%s); materialise %s/search_index.",
+                "Search index of %s: %d regions are stale (%s ...); materialise %s/search_index.",
                 *(sensor, len(stale), next(iter(stale.values())), sensor),
             )
-        return cls(index_folder(root, sensor), sensor, manifest, stale)
+        return cls(folder, sensor, manifest, stale)
 
     @property
     def rows(self) -> int:
@@ -162,7 +196,7 @@ class SearchIndex:
     @property
     def regions(self) -> list[str]:
         """Regions in the index, sorted."""
-        return list(self._parts)
+        return list(self._manifest.parts)
 
     def check_model(self, model_id: str) -> None:
         """Refuse vectors of another encoder.
@@ -191,12 +225,12 @@ class SearchIndex:
         Raises:
             InputError: if the index has no such tile.
         """
-        for part in self._parts.values():
+        for part in self._parts:
             row = part.find(tile_id)
             if row >= 0:
                 return np.array(part.vectors[row])
         raise InputError(
-            f"The search index of {self.sensor} has no tile {tile_id!r}: take an id from a search."
+            f"The search index of {self.sensor} has no tile {tile_id!r}: take an id that a search answers."
         )
 
     def search(
@@ -204,6 +238,8 @@ class SearchIndex:
         vector: npt.NDArray[np.float32],
         top: int,
         filters: Filters = Filters(),
+        *,
+        is_exact: bool = False,
     ) -> pa.Table:
         """The tiles nearest to a vector.
 
@@ -211,30 +247,30 @@ class SearchIndex:
             vector: (D,) float32, L2-normalised.
             top: how many at most.
             filters: which tiles are admitted; they are chosen before the nearest are, so none is lost.
+            is_exact: score every admitted tile, however many they are.
 
         Returns:
             SEARCH_RESULTS rows, best first; equal scores in the order of region and tile.
 
         Raises:
             InputError: if the vector has another width, or `top` is not positive.
+            DataError: if a part is damaged.
         """
         vector = self._query(vector)
         if top < 1:
             raise InputError(f"A search for {top} tiles finds none: ask for at least one.")
-        found = []
-        for part, rows in self._admitted(filters):
-            scores = part.scores(vector)
-            scores = scores if rows is None else scores[rows]
-            chosen = best(scores, top)
-            found.append(part.results(chosen if rows is None else rows[chosen], scores[chosen]))
-        table = pa.concat_tables([SEARCH_RESULTS.empty(), *found]).combine_chunks()
-        return table.take(pa.array(best(table["score"].to_numpy(), top)))
+        admitted = self._admitted(filters)
+        count = sum(number for _, _, number in admitted)
+        if is_exact or self._shortlist is None or count <= EXACT_ROWS or top > _MOST_SHORTLISTED:
+            found = [_nearest(part, _rows_of(mask), vector, top) for part, mask, _ in admitted]
+        else:
+            found = [
+                _nearest(part, rows, vector, top)
+                for part, rows in self._shortlisted(self._shortlist, vector, top, admitted, count)
+            ]
+        return _results(_merged(found, top))
 
-    def scores(
-        self,
-        vector: npt.NDArray[np.float32],
-        filters: Filters = Filters(),
-    ) -> pa.Table:
+    def scores(self, vector: npt.NDArray[np.float32], filters: Filters = Filters()) -> pa.Table:
         """The score of every admitted tile, exact.
 
         Args:
@@ -246,28 +282,61 @@ class SearchIndex:
 
         Raises:
             InputError: if the vector has another width.
+            DataError: if a part is damaged.
         """
         vector = self._query(vector)
         found = []
-        for part, rows in self._admitted(filters):
-            scores = part.scores(vector)
-            rows = np.arange(part.rows) if rows is None else rows
-            found.append(part.results(rows, scores[rows]))
-        return pa.concat_tables([SEARCH_RESULTS.empty(), *found])
+        for part, mask, _ in self._admitted(filters):
+            rows = _rows_of(mask)
+            scores = part.scores(vector, rows)
+            found.append(_Hits(part, np.arange(part.rows) if rows is None else rows, scores))
+        return _results(found)
 
-    def _admitted(self, filters: Filters) -> Iterator[tuple[_OpenPart, npt.NDArray[np.int64] | None]]:
-        """Parts with admitted tiles, and their rows; None: all."""
+    @cached_property
+    def _shortlist(self) -> "Shortlist | None":
+        if self._manifest.shortlist is None:
+            return None
+        from graft_pipeline.shortlist import Shortlist
+
+        return Shortlist.read(local_copy(self._folder / self._manifest.shortlist.file))
+
+    def _shortlisted(
+        self,
+        shortlist: "Shortlist",
+        vector: npt.NDArray[np.float32],
+        top: int,
+        admitted: Sequence[_Admitted],
+        count: int,
+    ) -> list[tuple[_OpenPart, npt.NDArray[np.int64]]]:
+        """Rows of each part that are worth scoring."""
+        assert self._manifest.shortlist is not None
+        first_ids = self._manifest.shortlist.first_ids
+        mask: npt.NDArray[np.bool_] | None = None
+        if count < self.rows:
+            mask = np.zeros(self._manifest.shortlist.next_id, dtype=np.bool_)
+            for part, rows, _ in admitted:
+                first = first_ids[part.region]
+                mask[first : first + part.rows] = True if rows is None else rows
+        ids = shortlist.candidates(vector, top, mask)
+        begins = np.searchsorted(ids, [first_ids[part.region] for part, _, _ in admitted])
+        ends = np.searchsorted(ids, [first_ids[part.region] + part.rows for part, _, _ in admitted])
+        return [
+            (part, ids[begin:end] - first_ids[part.region])
+            for (part, _, _), begin, end in zip(admitted, begins, ends, strict=True)
+            if end > begin
+        ]
+
+    def _admitted(self, filters: Filters) -> list[_Admitted]:
+        """Parts that have admitted tiles."""
         if filters.area is not None:
             import shapely
 
             shapely.prepare(filters.area)
-        for part in self._parts.values():
-            admitted = filters.select(part)
-            if admitted is None:
-                if part.rows:
-                    yield part, None
-            elif admitted.any():
-                yield part, np.flatnonzero(admitted)
+        masks = ((part, part.admitted(filters)) for part in self._parts)
+        counted = (
+            (part, mask, part.rows if mask is None else int(np.count_nonzero(mask))) for part, mask in masks
+        )
+        return [(part, mask, count) for part, mask, count in counted if count]
 
     def _query(self, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if vector.shape != (self.width,):
@@ -276,6 +345,45 @@ class SearchIndex:
                 "take it from the encoder that the index was made with."
             )
         return np.ascontiguousarray(vector, dtype=np.float32)
+
+
+def _rows_of(mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64] | None:
+    return None if mask is None else np.flatnonzero(mask)
+
+
+def _nearest(
+    part: _OpenPart, rows: npt.NDArray[np.int64] | None, vector: npt.NDArray[np.float32], top: int
+) -> _Hits:
+    """The nearest of some rows of a part; None: of all."""
+    scores = part.scores(vector, rows)
+    chosen = best(scores, top)
+    return _Hits(part, chosen if rows is None else rows[chosen], scores[chosen])
+
+
+def _merged(found: Sequence[_Hits], top: int) -> list[_Hits]:
+    """The best of the hits of several parts, best first: runs of one part each."""
+    if not found:
+        return []
+    scores = np.concatenate([hits.scores for hits in found])
+    rows = np.concatenate([hits.rows for hits in found])
+    numbers = np.repeat(np.arange(len(found)), [len(hits.rows) for hits in found])
+    order = best(scores, top)
+    runs = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
+    return [_Hits(found[numbers[run[0]]].part, rows[run], scores[run]) for run in runs]
+
+
+def _results(found: Sequence[_Hits]) -> pa.Table:
+    """SEARCH_RESULTS rows of hits, in their order."""
+    if not found:
+        return SEARCH_RESULTS.empty()
+    table = pa.Table.from_batches([hits.part.take(hits.rows) for hits in found])
+    regions = [hits.part.region for hits in found]
+    numbers = np.repeat(np.arange(len(found)), [len(hits.rows) for hits in found])
+    columns = {name: table[name] for name in table.column_names}
+    columns["region"] = pa.array(regions, pa.string()).take(pa.array(numbers))
+    columns["score"] = pa.array(np.concatenate([hits.scores for hits in found]), pa.float32())
+    schema = SEARCH_RESULTS.schema
+    return pa.table([columns[name] for name in schema.names], schema=schema).combine_chunks()
 
 
 def best(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
@@ -296,7 +404,17 @@ def best(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
 
 
-def _stale(root: "UPath", sensor: str, manifest: Manifest) -> dict[str, str]:
+def stale_regions(root: "UPath | Path", sensor: str, manifest: Manifest) -> dict[str, str]:
+    """Regions whose part is not what it would be if it were made now.
+
+    Args:
+        root: storage root.
+        sensor: name of the sensor.
+        manifest: the index.
+
+    Returns:
+        Why, in words, by region, sorted.
+    """
     sources = read_sources(root, sensor)
     stale = dict(manifest.left_out)
     for region, part in manifest.parts.items():

@@ -1,6 +1,7 @@
 """Search indexes of sensors: one part for each region, made of its chip embeddings, kept current region by region.
 
-How they are asked is in search.py; how chips are embedded, in embeddings.py.
+How they are asked is in search.py; how chips are embedded, in embeddings.py; what large ones have besides, in
+shortlist.py.
 """
 
 import dataclasses
@@ -14,12 +15,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.embeddings import vectors_of
 from graft_pipeline.errors import DataError
 from graft_pipeline.manifests import (
+    atomic_local_file,
+    is_local,
     open_table,
     partial_files,
     partition_file,
@@ -39,6 +44,11 @@ logger = logging.getLogger(__name__)
 
 #: Changes with what a part holds: parts of another version are made anew.
 VERSION = 1
+#: Up to so many vectors every one is scored, which takes tens of milliseconds; more have a shortlist.
+EXACT_ROWS = 100_000
+#: Lists are learned anew when the number of vectors grew or fell by this factor.
+_RELEARN_FACTOR = 4
+_BATCH = 16_384
 #: Footers read at the same time; on an object store each is a request or two.
 _THREADS = 16
 
@@ -61,6 +71,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ShortlistFile:
+    """The shortlist of an index of many vectors.
+
+    Attributes:
+        file: name of its faiss file, which changes with the content.
+        learned_from: vectors of the index when its lists were learned.
+        first_ids: number of each region's first row; rows follow each other.
+        next_id: first number that was never given.
+    """
+
+    file: str
+    learned_from: int
+    first_ids: dict[str, int]
+    next_id: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an index consists of; written last, so that readers see the old index or the new.
 
@@ -69,12 +96,14 @@ class Manifest:
         width: dimensions of its vectors.
         parts: by region, sorted.
         left_out: regions that have embeddings but no part, and why.
+        shortlist: of all parts; None while they are searched exactly.
     """
 
     model_id: str
     width: int
     parts: dict[str, Part]
     left_out: dict[str, str]
+    shortlist: ShortlistFile | None = None
 
     @property
     def rows(self) -> int:
@@ -143,7 +172,10 @@ def read_manifest(root: "UPath | Path", sensor: str) -> Manifest | None:
             region: Part(**{**part, "bounds": tuple(part["bounds"])})
             for region, part in content.pop("parts").items()
         }
-        return Manifest(parts=parts, **content)
+        shortlist = content.pop("shortlist")
+        return Manifest(
+            parts=parts, shortlist=None if shortlist is None else ShortlistFile(**shortlist), **content
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -199,9 +231,17 @@ def _digest(metadata: Any) -> str:
 
 
 def update(
-    root: "UPath | Path", sensor: str, *, model_id: str | None = None, progress: Report | None = None
+    root: "UPath | Path",
+    sensor: str,
+    *,
+    model_id: str | None = None,
+    exact_rows: int = EXACT_ROWS,
+    progress: Report | None = None,
 ) -> Update:
     """Bring a sensor's index up to date: parts of regions that changed are made, all others are left alone.
+
+    Above `exact_rows` vectors there is a shortlist as well; of it, only the rows of these regions are taken out and
+    put in. Lists are learned anew when the number of vectors has changed by a factor of four.
 
     An update that was killed is completed by the next one; parts that it finished are not made again.
 
@@ -209,6 +249,7 @@ def update(
         root: storage root.
         sensor: name of the sensor.
         model_id: fingerprint of the encoder whose vectors are wanted; None: the one of most tiles.
+        exact_rows: up to so many vectors there is no shortlist.
         progress: called with (done, total) regions.
 
     Returns:
@@ -220,25 +261,26 @@ def update(
     """
     folder = index_folder(root, sensor)
     remove_partial_files(folder)
-    known = read_manifest(root, sensor)
     sources = read_sources(root, sensor)
     wanted = model_id or _most_common_model(sources.values())
+    known = _usable(folder, read_manifest(root, sensor), wanted)
     left_out = {
-        region: f"its embeddings come from encoder {', '.join(source.model_ids)}, not {wanted}"
+        region: f"{region}: embedded by encoder {', '.join(source.model_ids)}, not {wanted}"
         for region, source in sources.items()
         if source.model_ids != (wanted,)
     }
     current = {region: source for region, source in sources.items() if region not in left_out}
-    old = {} if known is None else known.parts
-    parts: dict[str, Part] = {}
-    made: list[str] = []
-    without_chip = 0
-    width = known.width if known is not None and known.model_id == wanted else 0
+    width, parts, made, without_chip = known.width, dict[str, Part](), list[str](), 0
     for done, (region, source) in enumerate(current.items(), start=1):
-        if region in old and old[region].source == source.fingerprint:
-            parts[region] = old[region]
+        if region in known.parts and known.parts[region].source == source.fingerprint:
+            parts[region] = known.parts[region]
         else:
             table, lost = _part_table(root, sensor, region)
+            if width not in (0, table.schema.field("embedding").type.list_size):
+                raise DataError(
+                    f"{region}: embeddings of encoder {wanted} are not as wide as elsewhere ({width}): "
+                    f"materialise its {sensor}/chip_embeddings with full_refresh."
+                )
             width = table.schema.field("embedding").type.list_size
             parts[region] = _write_part(folder, region, source, table)
             made.append(region)
@@ -246,17 +288,165 @@ def update(
         if progress:
             progress(done, len(current))
     manifest = Manifest(wanted, width, parts, left_out)
+    manifest = dataclasses.replace(
+        manifest, shortlist=_update_shortlist(folder, known, manifest, exact_rows) if parts else None
+    )
     content = {"version": VERSION, **dataclasses.asdict(manifest)}
     is_changed = write_bytes_atomic(
         folder / "index.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     )
     # Only now: until its manifest was replaced, a reader of the old index could still ask for them.
-    kept = {part.file for part in parts.values()}
-    for file in folder.glob("*.arrow"):
-        if file.name not in kept:
+    for file in folder.iterdir():
+        if file.name not in files_of(manifest) and file.suffix in (".arrow", ".faiss"):
             file.unlink()
-    removed = tuple(region for region in old if region not in parts)
+    removed = tuple(region for region in known.parts if region not in parts)
     return Update(manifest, tuple(made), removed, without_chip, is_changed)
+
+
+def _usable(folder: "UPath", known: Manifest | None, model_id: str) -> Manifest:
+    """What an update can start from: the parts of that encoder whose files are there."""
+    if known is None or known.model_id != model_id:
+        return Manifest(model_id, 0, {}, {})
+    present = {file.name for file in folder.iterdir()}
+    parts = {region: part for region, part in known.parts.items() if part.file in present}
+    # Without each part that it was made of, nobody knows how many of its rows are to go.
+    is_whole = known.shortlist is not None and files_of(known) <= present
+    return dataclasses.replace(known, parts=parts, shortlist=known.shortlist if is_whole else None)
+
+
+def files_of(manifest: Manifest) -> set[str]:
+    """Names of the files that an index consists of, its manifest aside."""
+    shortlist = () if manifest.shortlist is None else (manifest.shortlist.file,)
+    return {*(part.file for part in manifest.parts.values()), *shortlist}
+
+
+def _update_shortlist(
+    folder: "UPath", known: Manifest, manifest: Manifest, exact_rows: int
+) -> ShortlistFile | None:
+    """The shortlist of some parts, made from the one before where that saves work."""
+    if manifest.rows <= exact_rows:
+        return None
+    old, parts = known.shortlist, manifest.parts
+    is_suited = (
+        old is not None
+        and old.learned_from / _RELEARN_FACTOR <= manifest.rows <= old.learned_from * _RELEARN_FACTOR
+        # Numbers are given once; those of rows that are gone cost a bit each in every filtered search.
+        and old.next_id <= 2 * _RELEARN_FACTOR * manifest.rows
+    )
+    if old is None or not is_suited:
+        old = ShortlistFile("", manifest.rows, {}, 0)
+    stays = {
+        region: first_id
+        for region, first_id in old.first_ids.items()
+        if region in parts and parts[region].file == known.parts[region].file
+    }
+    gone = [region for region in old.first_ids if region not in stays]
+    added = [region for region in parts if region not in stays]
+    if not gone and not added:
+        return old
+    name = f"shortlist-{fingerprint(old.file, gone, [parts[region].file for region in added])}.faiss"
+    first_ids, next_id = dict(stays), old.next_id
+    for region in added:
+        first_ids[region] = next_id
+        next_id += parts[region].rows
+    made = ShortlistFile(name, old.learned_from, dict(sorted(first_ids.items())), next_id)
+    if (folder / name).exists():
+        # Of an update that was killed before its manifest.
+        return made
+    from graft_pipeline.shortlist import Shortlist
+
+    if old.file:
+        index = Shortlist.read(local_copy(folder / old.file))
+        for region in gone:
+            index.remove(old.first_ids[region], known.parts[region].rows)
+    else:
+        index = Shortlist.train(_sample(folder, manifest), manifest.rows)
+    for region in added:
+        vectors = open_part(folder / parts[region].file)[1]
+        for start in range(0, len(vectors), _BATCH):
+            index.add(vectors[start : start + _BATCH], first_ids[region] + start)
+    with partial_files(folder, "shortlist") as (partial,):
+        index.write(partial)
+        publish(partial, folder / name)
+    return made
+
+
+def _sample(folder: "UPath", manifest: Manifest) -> npt.NDArray[np.float32]:
+    """Vectors that lists are learned from: a random choice of all, the same for the same index."""
+    from graft_pipeline.shortlist import sample_size
+
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(manifest.rows, sample_size(manifest.rows), replace=False))
+    found, first = [], 0
+    for part in manifest.parts.values():
+        begin, end = np.searchsorted(chosen, (first, first + part.rows))
+        if end > begin:
+            found.append(open_part(folder / part.file)[1][chosen[begin:end] - first])
+        first += part.rows
+    return np.concatenate(found)
+
+
+def open_part(path: "UPath") -> tuple[pa.Table, npt.NDArray[np.float32]]:
+    """Open a part; rows are read from the disk as they are looked at.
+
+    Args:
+        path: its Arrow file; one of an object store is copied to this machine first.
+
+    Returns:
+        Its rows without the embedding, and the (N, D) float32 embeddings; read-only.
+
+    Raises:
+        DataError: if the file is gone or damaged.
+    """
+    try:
+        with pa.memory_map(str(local_copy(path))) as source:
+            # What is mapped outlives the file's descriptor, of which there are fewer than regions.
+            table = pa.ipc.open_file(source).read_all()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is gone: materialise the search index again.") from error
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path} is damaged ({error}): delete it and materialise the search index again."
+        ) from error
+    width = table.schema.field("embedding").type.list_size
+    vectors = np.asarray(table["embedding"].combine_chunks().flatten()).reshape(table.num_rows, width)
+    return table.drop_columns(["embedding"]), vectors
+
+
+def local_copy(path: "UPath") -> Path:
+    """A file of an index as a file of this machine.
+
+    Args:
+        path: the file. From an object store it is copied once into the user's cache folder, as its name changes
+            with its content.
+
+    Returns:
+        The local file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if is_local(path):
+        return Path(str(path))
+    copy = _cache(path.parent) / path.name
+    if not copy.exists():
+        with atomic_local_file(copy) as partial:
+            path.fs.get_file(path.path, str(partial))
+    return copy
+
+
+def drop_copies(folder: "UPath", manifest: Manifest) -> None:
+    """Remove local copies of files that an index on an object store no longer has."""
+    if not is_local(folder) and _cache(folder).exists():
+        for file in _cache(folder).iterdir():
+            if file.name not in files_of(manifest):
+                file.unlink(missing_ok=True)
+
+
+def _cache(folder: "UPath") -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("graft-pipeline") / "search" / fingerprint(str(folder))
 
 
 def _most_common_model(sources: Iterable[Source]) -> str:
@@ -296,15 +486,19 @@ def _part_table(root: "UPath | Path", sensor: str, region: str) -> tuple[pa.Tabl
 
 def _write_part(folder: "UPath", region: str, source: Source, table: pa.Table) -> Part:
     name = f"{region}-{source.fingerprint}.arrow"
+    lon, lat = (table[name].to_numpy() for name in ("center_lon_deg", "center_lat_deg"))
+    bounds = (
+        [float(value) for value in (lon.min(), lat.min(), lon.max(), lat.max())] if len(lon) else [0.0] * 4
+    )
+    part = Part(
+        name, table.num_rows, source.fingerprint, cast("tuple[float, float, float, float]", tuple(bounds))
+    )
+    if (folder / name).exists():
+        # Of an update that was killed before its manifest.
+        return part
     with partial_files(folder, region) as (partial,):
         # Uncompressed, in one batch: readers map it into memory and touch only the rows that they look at.
         with pa.ipc.new_file(partial, table.schema) as writer:
             writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
         publish(partial, folder / name)
-    lon, lat = (table[name].to_numpy() for name in ("center_lon_deg", "center_lat_deg"))
-    bounds = (
-        tuple(float(value) for value in (lon.min(), lat.min(), lon.max(), lat.max()))
-        if len(lon)
-        else (0.0,) * 4
-    )
-    return Part(name, table.num_rows, source.fingerprint, cast("tuple[float, float, float, float]", bounds))
+    return part
