@@ -201,8 +201,8 @@ class PixelDetector:
                 return known
         if self._patch_px(image) < 1:
             raise InputError(
-                f"A patch of the encoder is smaller than a pixel of {image.gsd_m:g} m: the image is too coarse for this "
-                "encoder; ask with the encoder of another sensor."
+                f"A patch of the encoder is smaller than a pixel of {image.gsd_m:g} m: the image is too coarse for "
+                "this encoder; ask with the encoder of another sensor."
             )
         made = self._encode(image, tick)
         self._seen = (image, made)

@@ -35,12 +35,17 @@ _RELATIONS = {
     "near": r"next to|near to|near|nearby|close to|beside|adjacent to|along|bordering|touching|by",
     "inside": r"inside(?: of)?|within|surrounded by|enclosed by|in|on",
 }
-_METRES = r"(?:within|at most|less than|closer than) (?P<metres>\d+(?:\.\d+)?) ?(?:m|metres?|meters?)(?: (?:of|from|to|away from))?"
+_METRES = (
+    r"(?:within|at most|less than|closer than) (?P<metres>\d{1,6}(?:\.\d{1,3})?) ?(?:m|metres?|meters?)"
+    r"(?: (?:of|from|to|away from))?"
+)
 _RELATION = re.compile(
     rf"(?:\b{_BE} )*\b(?:(?P<close>{_METRES})|"
     + "|".join(f"(?P<{name}>{phrase})" for name, phrase in _RELATIONS.items())
     + r") (?=\w)"
 )
+#: The same within other patterns: without names.
+_ANY_RELATION = re.sub(r"\?P<\w+>", "?:", _RELATION.pattern)
 _IMAGE = r"(?:the |this )?(?:image|picture|photo|scene|map|chip|tile)"
 _PART = re.compile(
     rf"(?:\b{_BE} )*\b(?:in|on|at) the (?P<part>(?:{'|'.join(PARTS)}|middle|centre|top|bottom|left|right)"
@@ -51,11 +56,13 @@ _PART_NAMES = {
     "northwest": "north-west", "northeast": "north-east", "southwest": "south-west", "southeast": "south-east",
 }  # fmt: skip
 #: Words that no name of a thing contains: the question was cut at the wrong place, or is of another form.
-_NO_NOUN = frozenset(
-    "is are was were be been there than then how what which who why when where many much more less fewer number amount "
-    "and or not no if do does did can could will would have has had it this that these those me you i we they as for "
-    "with without at to from all every each most same equal other another between both import while def return".split()
-)
+_NO_NOUN = frozenset((
+    "is", "are", "was", "were", "be", "been", "there", "than", "then", "how", "what", "which", "who", "why",
+    "when", "where", "many", "much", "more", "less", "fewer", "number", "amount", "and", "or", "not", "no", "if",
+    "do", "does", "did", "can", "could", "will", "would", "have", "has", "had", "it", "this", "that", "these",
+    "those", "me", "you", "i", "we", "they", "as", "for", "with", "without", "at", "to", "from", "all", "every",
+    "each", "most", "same", "equal", "other", "another", "between", "both", "import", "while", "def", "return",
+))  # fmt: skip
 _NOUN = re.compile(r"[a-z][a-z'-]*(?: [a-z][a-z'-]*){0,4}")
 
 
@@ -98,7 +105,7 @@ def _objects(phrase: str) -> str | None:
         head, rest = phrase[: relation.start()], phrase[relation.end() :]
         made = _objects(head)
         # Of several relations each holds of the head: "near the river and north of the lake".
-        several = re.split(rf" and (?={_RELATION.pattern.replace('?P<', '?P<_')})", rest, maxsplit=1)
+        several = re.split(rf" and (?={_ANY_RELATION})", rest, maxsplit=1)
         other = _objects(several[0])
         if made is None or other is None:
             return None
@@ -249,10 +256,12 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., str | None]], ...] = (
      lambda **parts: _compared("count", **parts)),
     (_form(rf"is the area (?:of|covered by) (?P<a>.+?) (?P<how>{_THAN}) (?:the|that) ?(?:area)? ?(?:of|covered by) "
            r"(?P<b>.+)"), lambda **parts: _compared("area", **parts)),
-    (_form(rf"(?:is|are) (?P<a>.+?) (?P<how>(?:larger|bigger|smaller) than|as large as) (?P<b>.+)"),
+    (_form(r"(?:is|are) (?P<a>.+?) (?P<how>(?:larger|bigger|smaller) than|as large as) (?P<b>.+)"),
      lambda **parts: _compared("area", **parts)),
-    (_form(r"(?:which|what) (?:one )?(?:is|are) (?P<how>larger|bigger|smaller)[,:]? (?P<a>.+?),? or (?P<b>.+)"), _larger),
-    (_form(r"(?:which|what) covers (?P<how>more|less)(?: area| of the image)?[,:]? (?P<a>.+?),? or (?P<b>.+)"), _larger),
+    (_form(r"(?:which|what) (?:one )?(?:is|are) (?P<how>larger|bigger|smaller)[,:]? (?P<a>.+?),? or (?P<b>.+)"),
+     _larger),
+    (_form(r"(?:which|what) covers (?P<how>more|less)(?: area| of the image)?[,:]? (?P<a>.+?),? or (?P<b>.+)"),
+     _larger),
     (_form(r"are there more (?P<a>.+?) or (?P<b>.+)"), _more_of),
     (_form(rf"(?:is|are) there (?P<how>{_MORE}) {_NUMBER} (?P<a>.+)"), _counted),
     (_form(r"is (?:most|more than half) of the (?:image|area) (?:covered by |covered with )?(?P<a>.+)"),
@@ -265,20 +274,20 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., str | None]], ...] = (
     (_form(rf"(?:how many|count|count the|what number of) (?P<a>.+?){_SEEN}"), _one("count({a})")),
     (_form(rf"(?:{_WHAT_IS} )?the (?:number|amount|count) of (?P<a>.+)"), _one("count({a})")),
     # Areas and shares.
-    (_form(rf"(?:{_WHAT_IS} )?the (?:total )?(?:area|extent|size) (?:that is )?(?:covered by|occupied by|of) (?P<a>.+)"),
-     _one("area({a})")),
+    (_form(rf"(?:{_WHAT_IS} )?the (?:total )?(?:area|extent|size) (?:that is )?(?:covered by|occupied by|of) "
+           r"(?P<a>.+)"), _one("area({a})")),
     (_form(r"how (?:large|big) (?:is|are) (?P<a>.+)"), _one("area({a})")),
     (_form(r"how much (?:area|land|ground) (?:is|are) (?:covered by|occupied by) (?P<a>.+)"), _one("area({a})")),
-    (_form(rf"(?:what|which) (?:share|fraction|percentage|proportion|part) of {_IMAGE} is (?:covered by |covered with )?"
-           r"(?P<a>.+)"), _one("share({a})")),
+    (_form(rf"(?:what|which) (?:share|fraction|percentage|proportion|part) of {_IMAGE} is "
+           r"(?:covered by |covered with )?(?P<a>.+)"), _one("share({a})")),
     (_form(rf"how much of {_IMAGE} is (?:covered by |covered with )?(?P<a>.+)"), _one("share({a})")),
     # Places.
     (_form(r"where (?:is|are|can i find|do you see) (?P<a>.+)"), _one("where({a})")),
+    (_form(r"(?:show|find|mark|locate)(?: me)?(?: all)? (?P<a>.+)"), _one("where({a})")),
     (_form(r"in which part of the (?:image|area) (?:is|are) (?P<a>.+)"), _one("where({a})")),
     (_form(r"how far (?:is|are) (?P<a>.+?) (?:away )?from (?P<b>.+)"), _two("distance({a}, {b})")),
     (_form(rf"(?:{_WHAT_IS} )?the distance between (?P<a>.+?) and (?P<b>.+)"), _two("distance({a}, {b})")),
     (_form(rf"(?:{_WHAT_IS} )?the distance from (?P<a>.+?) to (?P<b>.+)"), _two("distance({a}, {b})")),
     # "Is the lake north of the forest?"
-    (re.compile(rf"(?:is|are) (?P<a>.+ {_RELATION.pattern.replace('?P<', '?P<_')}.+)"),
-     lambda a, **_parts: _one("exists({a})")(a)),
+    (_form(rf"(?:is|are) (?P<a>.+ {_ANY_RELATION}.+)"), _one("exists({a})")),
 )  # fmt: skip
