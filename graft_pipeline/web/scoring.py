@@ -20,7 +20,7 @@ from graft_pipeline.geometry import projection as projection_of
 from graft_pipeline.geometry import utm_epsg
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import columns
-from graft_pipeline.search import SearchIndex
+from graft_pipeline.search import SearchIndex, best
 from graft_pipeline.web.parameters import Box, Query
 
 #: Tiles that a page draws one by one; more are counted in cells.
@@ -31,7 +31,9 @@ _CELL_KM = (0.25, 200.0)
 #: Hits that are saved at most, the best first.
 MAX_HITS = 50_000
 #: Rows of the answers that are kept, all together: about 100 bytes each.
-_KEPT_ROWS = 3_000_000
+_KEPT_ROWS = 1_000_000
+#: Tiles up to which a list is taken from the scores that the map needs anyway: one scan serves both.
+_SCANNED_ROWS = 1_000_000
 _KEPT_WORDS = 256
 _BARS = 40
 
@@ -80,31 +82,36 @@ class Scorer:
     def nearest(self, query: Query, top: int) -> pa.Table:
         """SEARCH_RESULTS rows of the tiles nearest to the words, best first."""
         with self._lock:
-            vector, filters = self._vector(query.words), query.filters
-            return self._index.search(vector, top, *(() if filters is None else (filters,)))
+            if self._index.rows <= _SCANNED_ROWS or query in self._scored:
+                scored = self._scan(query)
+                return scored.rows.take(pa.array(best(columns(scored.rows, "score")[0], top)))
+            return self._index.search(self._vector(query.words), top, *filter(None, (query.filters,)))
 
     def scored(self, query: Query) -> Scored:
         """What every tile scores that the query admits."""
         with self._lock:
-            if query in self._scored:
-                self._scored.move_to_end(query)
-                return self._scored[query]
-            vector, filters = self._vector(query.words), query.filters
-            rows = None
-            if query.words not in self._backgrounds:
-                rows = self._index.scores(vector).combine_chunks()
-                self._backgrounds[query.words] = Background.of(columns(rows, "score")[0])
-                _forget(self._backgrounds, _KEPT_WORDS)
-            background = self._backgrounds[query.words]
-            if filters is not None:
-                rows = self._index.scores(vector, filters).combine_chunks()
-            elif rows is None:
-                rows = self._index.scores(vector).combine_chunks()
-            made = Scored(rows, background, background.contrast(columns(rows, "score")[0]))
-            self._scored[query] = made
-            while len(self._scored) > 1 and sum(s.rows.num_rows for s in self._scored.values()) > _KEPT_ROWS:
-                self._scored.popitem(last=False)
-            return made
+            return self._scan(query)
+
+    def _scan(self, query: Query) -> Scored:
+        if query in self._scored:
+            self._scored.move_to_end(query)
+            return self._scored[query]
+        vector, filters = self._vector(query.words), query.filters
+        rows = None
+        if query.words not in self._backgrounds:
+            rows = self._index.scores(vector).combine_chunks()
+            self._backgrounds[query.words] = Background.of(columns(rows, "score")[0])
+            _forget(self._backgrounds, _KEPT_WORDS)
+        background = self._backgrounds[query.words]
+        if filters is not None:
+            rows = self._index.scores(vector, filters).combine_chunks()
+        elif rows is None:
+            rows = self._index.scores(vector).combine_chunks()
+        made = Scored(rows, background, background.contrast(columns(rows, "score")[0]))
+        self._scored[query] = made
+        while len(self._scored) > 1 and sum(s.rows.num_rows for s in self._scored.values()) > _KEPT_ROWS:
+            self._scored.popitem(last=False)
+        return made
 
     def _vector(self, words: str) -> npt.NDArray[np.float32]:
         if words not in self._vectors:
