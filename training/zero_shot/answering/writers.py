@@ -129,8 +129,8 @@ def with_grammar(model: Writer | None = None) -> Writer:
             return program
         if model is None:
             raise InputError(
-                f"{question[:MAX_QUESTION]!r} has no form that the grammar knows: ask as in 'How many lakes are there?', "
-                "or name a language model (GRAFT_ANSWER_URL, GRAFT_ANSWER_MODEL)."
+                f"{question[:MAX_QUESTION]!r} has no form that the grammar knows: ask as in 'How many lakes are "
+                "there?', or name a language model (GRAFT_ANSWER_URL, GRAFT_ANSWER_MODEL)."
             )
         return model(question)
 
