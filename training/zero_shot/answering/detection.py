@@ -54,7 +54,7 @@ class DetectionOptions:
         batch_size: windows encoded at once.
     """
 
-    temperature: float = 0.05
+    temperature: float = 0.03
     threshold: float = 0.5
     least_patches: float = 1.0
     gap_patches: float = 0.6

@@ -21,6 +21,7 @@ from graft_pipeline.errors import InputError
 from training.zero_shot.answering.language import (
     LARGE_M2,
     MEDIUM_M2,
+    QUANTITIES,
     Call,
     Kind,
     Program,
@@ -266,10 +267,17 @@ class Step:
     Attributes:
         call: as text.
         value: of the call; of objects, how many there are.
+        kind: of the call.
     """
 
     call: str
     value: bool | int | float | str
+    kind: Kind
+
+    @property
+    def shown(self) -> str:
+        """The value as people read it."""
+        return shown(self.value, self.kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,6 +327,29 @@ class Answer:
     kind: Kind
     evidence: Evidence
     program: Program
+
+    @property
+    def text(self) -> str:
+        """The answer as people read it: `yes`, `3`, `12,400 m2`, `34.0 %`."""
+        return shown(self.value, self.kind)
+
+
+def shown(value: bool | int | float | str, kind: Kind) -> str:
+    """A value as people read it.
+
+    Args:
+        value: of an answer or a step; of objects, how many there are.
+        kind: of the value.
+    """
+    if isinstance(value, str):
+        return value
+    if kind == "truth":
+        return "yes" if value else "no"
+    if kind == "share":
+        return f"{100 * value:.1f} %"
+    if kind == "objects":
+        return f"{value} object{'' if value == 1 else 's'}"
+    return f"{value:g}" if kind == "number" else f"{value:,.0f} {QUANTITIES[kind]}".strip()
 
 
 class Interpreter:
@@ -406,8 +437,8 @@ class _Run:
             if node.kind == "count":
                 value = int(value)
             self._values[node] = value
-            shown = len(value) if node.kind == "objects" else value
-            self.steps.append(Step(_spelled(node, _SPELLED_DEPTH), shown))
+            brief = len(value) if node.kind == "objects" else value
+            self.steps.append(Step(_spelled(node, _SPELLED_DEPTH), brief, node.kind))
         return self._values[node]
 
     # --- looking ---
