@@ -1,0 +1,201 @@
+"""What deploy/ says: files that their own tools accept, settings that exist, secrets that are named and not held."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graft_pipeline.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+LOCAL = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+PRODUCTION = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+VALUES = yaml.safe_load((DEPLOY / "helm" / "values.yaml").read_text())
+#: Names that are read before settings are, or by Compose alone.
+BESIDE = {"GRAFT_ENV_FILE", "GRAFT_KEYS_FOLDER"}
+
+
+def variables(prefix: str = "GRAFT_", model: Any = Settings) -> set[str]:
+    """Every environment variable that settings have."""
+    found = set()
+    for name, field in model.model_fields.items():
+        is_nested = isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
+        found.add(f"{prefix}{name.upper()}")
+        if is_nested:
+            found |= variables(f"{prefix}{name.upper()}__", field.annotation)
+    return found
+
+
+def named_in(*paths: Path) -> set[str]:
+    """GRAFT_ variables that files name."""
+    return {name for path in paths for name in re.findall(r"GRAFT_[A-Z][A-Z_]*[A-Z]", path.read_text())}
+
+
+def test_every_variable_that_is_named_exists() -> None:
+    texts = [*DEPLOY.rglob("*"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
+    files = [
+        path for path in texts if path.suffix in {".md", ".yaml", ".example", ".py", ""} and path.is_file()
+    ]
+    assert named_in(*files) - BESIDE <= variables()
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from write_reference import settings, settings_page
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    nested = {"GRAFT_PLANET", "GRAFT_KUBERNETES"}
+    assert {setting.variable for setting in settings()} == variables() - nested
+    page = settings_page()
+    assert all(f"`{name}`" in page for name in variables() - nested)
+    assert "Storage root: a folder, or any URL" in page
+
+
+def test_the_production_instance_is_the_local_one_with_another_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dagster._core.instance.config import dagster_instance_config
+
+    assert {key: PRODUCTION[key] for key in PRODUCTION if key not in ("storage", "compute_logs")} == LOCAL
+    for name in re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()):
+        monkeypatch.setenv(name, "5432" if name.endswith("PORT") else "something")
+    dagster_instance_config(str(DEPLOY))
+
+
+def test_the_production_storage_is_loadable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each class is there and takes its configuration; nothing listens at the database's address."""
+    from dagster._core.instance.ref import InstanceRef
+
+    address = {
+        "DAGSTER_PG_HOST": "127.0.0.1",
+        "DAGSTER_PG_PORT": "1",
+        "DAGSTER_PG_PASSWORD": "not-to-be-shown",
+    }
+    for name in re.findall(r"env: (\w+)", (DEPLOY / "dagster.yaml").read_text()):
+        monkeypatch.setenv(name, address.get(name, "graft"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    instance = InstanceRef.from_dir(str(DEPLOY))
+    assert type(instance.compute_log_manager).__name__ == "S3ComputeLogManager"
+    with pytest.raises(Exception, match="too many retries for DB connection"):
+        _ = instance.storage
+    assert "127.0.0.1" in caplog.text
+    assert "not-to-be-shown" not in caplog.text
+
+
+def test_compose_obeys_its_specification() -> None:
+    command = [
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        str(DEPLOY / "compose.yaml"),
+    ]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_gives_each_process_what_its_configuration_reads() -> None:
+    read = set()
+    for name in ("dagster.yaml", "workspace.yaml"):
+        read |= set(re.findall(r"env: (\w+)", (DEPLOY / name).read_text()))
+    for name in ("code", "daemon", "webserver"):
+        assert read <= set(COMPOSE["services"][name]["environment"]), name
+    # Only one container gets the keys of the services.
+    assert [name for name, service in COMPOSE["services"].items() if "env_file" in service] == ["code"]
+    assert COMPOSE["services"]["webserver"]["ports"] == ["127.0.0.1:3000:3000"]
+    for name, service in COMPOSE["services"].items():
+        assert "docker.sock" not in str(service), name
+        if service["image"].startswith("graft"):
+            assert service["cap_drop"] == ["ALL"], name
+
+
+def test_no_secret_is_committed() -> None:
+    example = dict(
+        line.split("=", 1)
+        for line in (DEPLOY / "settings.env.example").read_text().splitlines()
+        if line[:1] not in "#"
+    )
+    secrets = [name for name in example if re.search(r"SECRET|PASSWORD|KEY$|KEY_ID", name)]
+    assert len(secrets) >= 5
+    assert not any(example[name] for name in secrets)
+    assert "postgresqlPassword" not in VALUES["postgresql"]
+    ignored = ROOT.joinpath(".gitignore").read_text().splitlines()
+    assert ".env" in ignored
+    # An allow-list: what is not named does not get into the image.
+    assert ROOT.joinpath(".dockerignore").read_text().splitlines()[1] == "*"
+
+
+def test_the_charts_environment_is_usable_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    (deployment,) = VALUES["dagster-user-deployments"]["deployments"]
+    for name, value in deployment["env"].items():
+        monkeypatch.setenv(name, value)
+    for name in ("GRAFT_FLICKR_KEY", "GRAFT_FLICKR_SECRET", "GRAFT_EE_PROJECT"):
+        monkeypatch.setenv(name, "from graft-secrets")
+    settings = load_settings()
+    assert settings.training_launcher == "kubernetes"
+    assert settings.kubernetes.pod_spec["nodeSelector"] == {"pool": "gpu"}
+    gpus = settings.kubernetes.resources["limits"]["nvidia.com/gpu"]
+    assert settings.training_processes == int(gpus)
+    image = VALUES["dagsterWebserver"]["image"]
+    assert settings.kubernetes.image == f"{image['repository']}:{image['tag']}"
+    mounts = [mount["mountPath"] for mount in deployment["volumeMounts"]]
+    assert str(settings.ee_key_file.parent) in mounts if settings.ee_key_file else False
+
+
+def test_the_charts_run_launcher_is_what_dagster_accepts() -> None:
+    """What the chart's template makes of the values, as the launcher's own configuration."""
+    from dagster._config import validate_config
+    from dagster_k8s import K8sRunLauncher
+
+    given = VALUES["runLauncher"]["config"]["k8sRunLauncher"]
+    run = given["runK8sConfig"]
+    config = {
+        "service_account_name": VALUES["serviceAccount"]["name"],
+        "postgres_password_secret": "dagster-postgresql-secret",
+        "dagster_home": "/opt/dagster/dagster_home",
+        "instance_config_map": "graft-instance",
+        "image_pull_policy": given["imagePullPolicy"],
+        "load_incluster_config": given["loadInclusterConfig"],
+        "fail_pod_on_run_failure": given["failPodOnRunFailure"],
+        "resources": given["resources"],
+        "run_k8s_config": {
+            "pod_spec_config": run["podSpecConfig"],
+            "container_config": run["containerConfig"],
+            "job_spec_config": run["jobSpecConfig"],
+        },
+    }
+    result = validate_config(K8sRunLauncher.config_type(), config)
+    assert result.success, json.dumps([error.message for error in result.errors or []])
+
+
+def test_the_chart_has_the_queue_of_the_local_instance() -> None:
+    daemon, concurrency = VALUES["dagsterDaemon"], VALUES["concurrency"]
+    assert concurrency["enabled"]
+    assert concurrency["pools"]["granularity"] == LOCAL["concurrency"]["pools"]["granularity"]
+    assert concurrency["pools"]["defaultLimit"] == LOCAL["concurrency"]["pools"]["default_limit"]
+    queue = daemon["runCoordinator"]["config"]["queuedRunCoordinator"]
+    assert queue["dequeueIntervalSeconds"] == LOCAL["run_queue"]["dequeue_interval_seconds"]
+    assert daemon["runRetries"]["maxRetries"] == LOCAL["run_retries"]["max_retries"]
+    assert VALUES["pythonLogs"]["managedPythonLoggers"] == LOCAL["python_logs"]["managed_python_loggers"]
+
+
+def test_the_image_has_the_python_and_the_extras_of_the_project() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    (version,) = set(re.findall(r"FROM python:(\d\.\d+)", text))
+    assert f'target-version = "py{version.replace(".", "")}"' in project
+    extras = re.search(r'"\.\[([\w,]+)\]"', text)
+    assert extras
+    assert all(f"\n{extra} = [" in project for extra in extras[1].split(","))
+    copied = set(re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE))
+    assert copied == {"graft_pipeline", "resources", "training", "assets"}
