@@ -11,7 +11,7 @@ import dagster as dg
 GROUND = ("search_locations", "flickr_photos", "ground_images", "ground_embeddings", "outdoor_photos")
 PER_REGION = ("scenes", "tiles", "chips", "pairs")
 LEARNING = ("training_set", "image_encoder", "pixel_encoder")
-SCORES = ("benchmark", "zero_shot_scores", "segmentation_scores")
+SCORES = ("benchmark", "zero_shot_scores", "segmentation_scores", "questions", "question_scores")
 
 
 def keys_of(sensors: Iterable[str], names: Sequence[str]) -> list[dg.AssetKey]:
@@ -34,7 +34,8 @@ def build_jobs(sensors: Iterable[str], *, has_scores: bool, has_maps: bool) -> l
 
     Returns:
         `register_regions`, `collect_region` (from search to pairs, all sensors: one run a partition), `learn`
-        (training sets and encoders), `index_region` (chip embeddings), `map_concepts` and, on the planet, `score`
+        (training sets and encoders), `index_region` (chip embeddings), `update_index` (search
+        indexes), `map_concepts` and, on the planet, `score`
         and `ablate`.
     """
     names = list(sensors)
@@ -55,6 +56,11 @@ def build_jobs(sensors: Iterable[str], *, has_scores: bool, has_maps: bool) -> l
             "index_region",
             select(*keys_of(names, ["chip_embeddings"])),
             description="Embeddings of one region's chips, for search and maps.",
+        ),
+        dg.define_asset_job(
+            "update_index",
+            select(*keys_of(names, ["search_index"])),
+            description="Search indexes over all regions: those that were embedded since are indexed anew.",
         ),
     ]
     if has_maps:

@@ -9,10 +9,12 @@ from typing import Any
 import dagster as dg
 
 from assets.ablations import build_ablations
+from assets.answering import build_answering_assets
 from assets.areas import regions
 from assets.concepts import build_concept_assets
 from assets.evaluation import build_evaluation_assets
 from assets.external import build_external_assets
+from assets.grid import build_grid_assets
 from assets.ground import (
     flickr_photos,
     ground_embeddings,
@@ -23,6 +25,7 @@ from assets.ground import (
 from assets.learning import build_learning_assets
 from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_planet_scenes
 from assets.planet import build_planet_assets, planet_foundation
+from assets.search import build_search_assets
 from assets.sensors import build_sensor_assets
 from graft_pipeline.automation import build_jobs
 from graft_pipeline.errors import SettingsError
@@ -82,13 +85,7 @@ def imagery(context: dg.InitResourceContext) -> ImagerySource:
 @dg.resource(required_resource_keys={"world", "storage"}, description="The frozen CLIP (f_G, f_T).")
 def foundation(context: dg.InitResourceContext) -> FoundationModel:
     """The foundation model of the settings, or the planet's own."""
-    settings = context.resources.world
-    if (
-        settings.is_planet
-        and settings.foundation_architecture == Settings.model_fields["foundation_architecture"].default
-    ):
-        return FoundationModel.from_folder(context.resources.storage.models_folder / "foundation")
-    return FoundationModel(settings.foundation_architecture, settings.foundation_pretrained)
+    return FoundationModel.of_deployment(context.resources.world, context.resources.storage.models_folder)
 
 
 @dg.resource(required_resource_keys={"world", "storage", "foundation"}, description="Indoor or outdoor.")
@@ -137,9 +134,17 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     ]
     for sensor in sensors:
         assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
-        assets += build_concept_assets(sensor, settings, has_truth=has_truth)
+        assets += [
+            *build_grid_assets(sensor, settings),
+            *build_search_assets(sensor, settings),
+            *build_concept_assets(sensor, settings, has_truth=has_truth),
+        ]
         if has_truth:
-            assets += [*build_planet_assets(sensor), build_ablations(sensor)]
+            assets += [
+                *build_planet_assets(sensor),
+                *build_answering_assets(sensor),
+                build_ablations(sensor),
+            ]
     assets += build_evaluation_assets(settings)
     if settings.is_planet:
         assets += [planet_foundation, planet_scene_classifier, outdoor_scores]

@@ -37,7 +37,7 @@ AREA = {"west": -70.5, "south": 42.0, "east": -70.0, "north": 42.5}
 BENCHMARK_BOUNDS = (-70.5, 43.0, -69.5, 43.75)
 #: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes.
 LEVELS = {"naip": ("image", "pixel"), "sentinel2": ("image",)}
-SCORES_OF = {"image": "zero_shot_scores", "pixel": "segmentation_scores"}
+SCORES_OF = {"image": ("zero_shot_scores",), "pixel": ("segmentation_scores", "questions", "question_scores")}
 
 
 @dataclass
@@ -262,11 +262,12 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
                     names = ["training_set"] * (number == 0) + [f"{level}_encoder"]
                     runner.materialise(*automation.keys_of([sensor], names))
             with stages.stage(f"{sensor} scores"):
-                names = ["benchmark", *(SCORES_OF[level] for level in levels)]
+                names = ["benchmark", *(name for level in levels for name in SCORES_OF[level])]
                 runner.materialise(*automation.keys_of([sensor], names))
         with stages.stage("chip embeddings"):
             for region in regions:
                 runner.materialise(*automation.keys_of(sensors, ["chip_embeddings"]), partition=region)
+            runner.materialise(*automation.keys_of(sensors, ["search_index"]))
         traffic = planet.stats()
     total_s = round(time.perf_counter() - started, 1)
     scores = write_report(
@@ -287,9 +288,12 @@ def _print_scores(console: Console, scores: dict[str, Any], folder: Path) -> Non
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from graft_pipeline.report import blind_of
+
     table = Table(
         title="Zero-shot on ground that no training tile touches",
-        caption="encoder: trained on ground photos alone; CLIP: the frozen foundation model, applied directly",
+        caption="encoder: trained on ground photos alone; CLIP: the frozen foundation model, applied directly; chance "
+        "of questions: the most frequent answer",
         box=SIMPLE_HEAD,
     )
     for column in ("sensor", "task", "metric"):
@@ -298,7 +302,7 @@ def _print_scores(console: Console, scores: dict[str, Any], folder: Path) -> Non
         table.add_column(column, justify="right")
     for sensor, task, metric, values in iterate_scores(scores):
         encoder = next((values[name] for name in ("image_encoder", "pixel_encoder") if name in values), None)
-        numbers = [encoder, values.get("foundation"), values.get("chance")]
+        numbers = [encoder, values.get("foundation"), values.get(blind_of(values))]
         table.add_row(sensor, task, metric, *("" if v is None else f"{v:.3f}" for v in numbers))
     console.print(table)
     console.print(

@@ -67,6 +67,11 @@ def encoder_of(values: dict[str, Any]) -> str | None:
     return next((name for name in values if name.endswith("_encoder")), None)
 
 
+def blind_of(values: dict[str, Any]) -> str:
+    """Name of what sees no image among contenders: chance, or of questions the most frequent answers."""
+    return "prior only" if "prior only" in values else "chance"
+
+
 def write_report(folder: Path, storage: Rooted, sensors: list[str], **facts: Any) -> dict[str, Any]:
     """Write `scores.json` and `report.html`.
 
@@ -93,7 +98,7 @@ def write_report(folder: Path, storage: Rooted, sensors: list[str], **facts: Any
                 metric,
                 *(
                     contenders.get(name, {}).get(metric)
-                    for name in (encoder_of(contenders), "foundation", "chance")
+                    for name in (encoder_of(contenders), "foundation", blind_of(contenders))
                 ),
             )
             for task, contenders in scores[sensor].items()

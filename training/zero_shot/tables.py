@@ -16,6 +16,8 @@ from upath import UPath
 from graft_pipeline import previews
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.manifests import write_bytes_atomic
+from training.zero_shot.answering.pictures import answer_pictures
+from training.zero_shot.answering.scoring import AnswerEvaluation
 from training.zero_shot.evaluate import CHANCE, Evaluation
 from training.zero_shot.evaluate_masks import MaskEvaluation
 from training.zero_shot.mask_sets import UNLABELLED
@@ -28,7 +30,7 @@ _UNLABELLED_COLOUR = (255, 255, 255)
 _RIGHT, _WRONG = (30, 150, 60), (210, 60, 50)
 
 
-def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | Any) -> dict[str, bytes]:
+def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | AnswerEvaluation) -> dict[str, bytes]:
     """Write one evaluation: `DATASET.json`, and pictures in `DATASET/`.
 
     Args:
@@ -46,8 +48,6 @@ def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | Any) -> d
         recall = {name: scores.recall for name, scores in made.by_class.items()}
         facts = {"classes": made.classes, "recall": recall}
     else:
-        from training.zero_shot.answering.pictures import answer_pictures
-
         pictures = answer_pictures(made)
         facts = {
             "questions": made.questions,
