@@ -9,13 +9,15 @@ export DAGSTER_DISABLE_TELEMETRY = yes
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help install demo ui test test-browser lint format bench clean
+.PHONY: help install demo ui test test-browser lint format audit docs bench clean
 
 help:
 	@echo "make demo [SEED=7]   the whole pipeline on the embedded planet, some minutes; then open demo/report.html"
 	@echo "make ui              the Dagster UI on what the demo made"
 	@echo "make test            the tests;  make test-browser: the UI in a headless Chromium"
-	@echo "make lint | format   ruff and mypy"
+	@echo "make lint | format   ruff and mypy; lint also checks that dependencies are the pinned ones"
+	@echo "make audit           known vulnerabilities of the pinned dependencies (asks the advisories' database)"
+	@echo "make docs            the documentation, build/site/index.html"
 	@echo "make bench           every benchmark, a table each (results in benchmarks/results/)"
 
 install: $(READY)
@@ -43,10 +45,28 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check --disable-pip-version-check
+	$(BIN)/python deploy/check_pins.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# In an environment of its own: what audits is not part of what is audited.
+.venv/audit/bin/pip-audit: $(READY)
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+
+audit: .venv/audit/bin/pip-audit
+	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[docs]"
+	@touch .venv/.docs
+
+docs: .venv/.docs
+	$(BIN)/python docs/write_reference.py
+	$(BIN)/zensical build --strict --clean
 
 bench: $(READY)
 	@mkdir -p benchmarks/results

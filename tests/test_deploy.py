@@ -199,3 +199,25 @@ def test_the_image_has_the_python_and_the_extras_of_the_project() -> None:
     assert all(f"\n{extra} = [" in project for extra in extras[1].split(","))
     copied = set(re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE))
     assert copied == {"graft_pipeline", "resources", "training", "assets"}
+
+
+def test_dependencies_are_those_that_were_tested() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DEPLOY / "check_pins.py")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_pins_that_are_loose_missing_or_out_of_range_are_named() -> None:
+    sys.path.insert(0, str(DEPLOY))
+    try:
+        from check_pins import problems
+    finally:
+        sys.path.remove(str(DEPLOY))
+    project = '[project]\ndependencies = ["pyyaml>=6", "numpy>=99", "nowhere"]\noptional-dependencies = {}\n'
+    found = "\n".join(problems(project, "numpy==2.0.0\nrequests>=2\npyyaml==5.0\npyyaml==6.0.3\n"))
+    assert "requests>=2 is no exact pin" in found
+    assert "pyyaml is there twice" in found
+    assert "nowhere is not pinned" in found
+    assert "numpy==2.0.0 is not >=99" in found
+    assert re.search(r"numpy==\S+ is installed, 2\.0\.0 is pinned", found)
