@@ -1,7 +1,10 @@
-"""Fixtures that several packages' tests share: running planets, a storage folder, settings."""
+"""Fixtures that several packages' tests share: running planets, a storage folder, settings, a demo, a browser."""
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,3 +85,40 @@ def s3_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.stop()
         # fsspec keeps one client for equal arguments, but the environment names another server next time.
         S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo of two regions, run by the command line; or the one that GRAFT_DEMO_FOLDER names."""
+    if made := os.environ.get("GRAFT_DEMO_FOLDER"):
+        return Path(made).resolve()
+    folder = tmp_path_factory.mktemp("browser") / "demo"
+    command = [sys.executable, "-m", "graft_pipeline.cli", "demo", "--small", "--folder", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, headless, that asks nobody for anything by itself."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.fail("chromium is not installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        arguments = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+        ]
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield browser
+        browser.close()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,20 +20,6 @@ ROOT = Path(__file__).parents[1]
 SHOTS = os.environ.get("GRAFT_SCREENSHOTS")
 #: Loading the code location and rendering a graph on two busy cores.
 PATIENCE_MS = 120_000
-
-
-@pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo of two regions, run by the command line; or the one that GRAFT_DEMO_FOLDER names."""
-    if made := os.environ.get("GRAFT_DEMO_FOLDER"):
-        return Path(made).resolve()
-    folder = tmp_path_factory.mktemp("browser") / "demo"
-    command = [sys.executable, "-m", "graft_pipeline.cli", "demo", "--small", "--folder", str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=folder.parent, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +57,12 @@ def ui(demo_folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def page(chromium: Any) -> Iterator[Any]:
     """A page of Debian's Chromium."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail("chromium is not installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        arguments = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-        ]
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(PATIENCE_MS)
-        yield page
-        browser.close()
+    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.close()
 
 
 def shot(page: Any, name: str) -> None:

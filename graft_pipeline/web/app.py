@@ -325,7 +325,9 @@ def _error(status: int, message: str) -> JSONResponse:
 def _refusal(status: int) -> Callable[[Request, Exception], Response]:
     def answer(request: Request, error: Exception) -> Response:
         if status >= 500:
+            # Such messages name files of this machine.
             logger.error("%s: %s", request.url.path, error)
+            return _error(status, "The server cannot read what this needs: its log says why, and what to do.")
         return _error(status, str(error))
 
     return answer

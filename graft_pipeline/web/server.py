@@ -3,6 +3,7 @@
 What it answers is in app.py.
 """
 
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -38,7 +39,9 @@ def run(app: Starlette, host: str, port: int, on_ready: Callable[[str], None]) -
             server_header=False,
             proxy_headers=False,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        # uvicorn passes the interrupt on once it has answered what was asked.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

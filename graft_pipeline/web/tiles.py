@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from graft_pipeline import chips
 from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import Grid, projection
+from graft_pipeline.grid import kept_as, sensor_of
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import partition_file, partition_folder, read_table
 from graft_pipeline.schemas import CHIPS, FLICKR_PHOTOS, GROUND_IMAGES, PAIRS, Dataset
@@ -104,7 +105,7 @@ class Tiles:
             UnknownError: if there is no such tile with a stored chip.
         """
         row = self._chip(region, tile_id)
-        folder = partition_folder(self._root, CHIPS, sensor=self._sensor.name, region=region)
+        folder = partition_folder(self._root, CHIPS, sensor=self._kept_as(tile_id), region=region)
         pixels = chips.decode(read_member(folder, row["shard"], row["offset"], row["size_bytes"]))
         if is_cropped:
             edge = (pixels.shape[0] - self._sensor.crop_px) // 2
@@ -139,16 +140,24 @@ class Tiles:
         return _jpeg(np.asarray(small))
 
     def _chip(self, region: str, tile_id: str) -> dict[str, Any]:
-        row = self._row(CHIPS, "tile_id", tile_id, sensor=self._sensor.name, region=region)
+        row = self._row(CHIPS, "tile_id", tile_id, sensor=self._kept_as(tile_id), region=region)
         if row["status"] != "ok":
             raise UnknownError(f"Tile {tile_id} has no stored chip: see its status in chips.")
         return row
 
+    def _kept_as(self, tile_id: str) -> str:
+        """The sensor name that a tile is kept under: of a grid it has another."""
+        name = sensor_of(tile_id)
+        return name if name in kept_as(self._sensor.name) else self._sensor.name
+
     def _photos(self, region: str, tile_id: str, chip_px: int) -> list[dict[str, Any]]:
         """Records of a tile's photos, those nearest to its centre first."""
-        pairs = self._table(PAIRS, sensor=self._sensor.name, region=region)
+        try:
+            pairs = self._table(PAIRS, sensor=self._sensor.name, region=region)
+            found = self._table(FLICKR_PHOTOS, region=region)
+        except UnknownError:
+            return []
         of_tile = pairs.filter(pc.equal(pairs["tile_id"], tile_id)).to_pylist()
-        found = self._table(FLICKR_PHOTOS, region=region)
         ids = pa.array([pair["photo_id"] for pair in of_tile], pa.string())
         by_id = {row["photo_id"]: row for row in found.filter(pc.is_in(found["photo_id"], ids)).to_pylist()}
         middle = chip_px / 2
@@ -200,7 +209,9 @@ class Tiles:
         try:
             stat = path.stat()
         except FileNotFoundError:
-            raise UnknownError(f"There is no {dataset.name} of {place['region']}: materialise it.") from None
+            raise UnknownError(
+                f"No {dataset.name} of {place['region']} are stored: take a region from a search, or materialise them."
+            ) from None
         stamp = (int(stat.st_size), float(stat.st_mtime))
         with self._lock:
             kept = self._tables.get(str(path))
@@ -209,7 +220,9 @@ class Tiles:
                 return kept[1]
         table = read_table(path, dataset)
         if table is None:
-            raise UnknownError(f"There is no {dataset.name} of {place['region']}: materialise it.")
+            raise UnknownError(
+                f"No {dataset.name} of {place['region']} are stored: take a region from a search, or materialise them."
+            )
         with self._lock:
             self._tables[str(path)] = (stamp, table)
             while len(self._tables) > _KEPT_TABLES:

@@ -308,7 +308,7 @@ function drawHistogram() {
 function showThreshold() {
   const data = state.density, isCells = data.kind === "cells";
   if (isCells) $("contrast").value = data.thresholds[thresholdLevel()];
-  const hits = countHits(), of = data.shown, where = data.isWhole ? "" : " in view";
+  const hits = countHits(), of = data.shown, where = of === data.admitted ? "" : " in view";
   $("hits").textContent = count(hits, "tile");
   $("hits-rest").textContent =
     `of ${of.toLocaleString("en")}${where} ${hits === 1 ? "lies" : "lie"} at least ${threshold().toFixed(2)} standard deviations above the mean.`;
@@ -427,7 +427,7 @@ async function loadDensity(signal) {
   data.isWhole = data.kind === "tiles" && data.shown === data.admitted;
   state.density = data;
   const slider = $("contrast");
-  slider.max = data.kind === "cells" ? Math.min(data.histogram.top, data.thresholds.at(-1)) : data.histogram.top;
+  slider.max = data.histogram.top;
   if (state.wanted !== undefined) slider.value = state.wanted;
   delete state.wanted;
   density.show(data);
@@ -525,9 +525,7 @@ function card(result, number) {
   const button = make(
     "button",
     { type: "button", className: "chip-button", ariaLabel: `Tile ${number + 1}: open` },
-    make("img", {
-      className: "crop", src: `${tilePath(result.region, result.tile_id)}/crop.jpg`, loading: "lazy", alt: "", width: 104, height: 104,
-    }),
+    picture(`${tilePath(result.region, result.tile_id)}/crop.jpg`, "", "crop"),
     make("span", { className: "rank" }, String(number + 1)),
   );
   button.addEventListener("click", () => open(result.region, result.tile_id));
@@ -547,14 +545,20 @@ function card(result, number) {
   return item;
 }
 
+/** An image that says so when it cannot be had. */
+function picture(src, alt, className = "") {
+  const image = make("img", { className, src, alt, loading: "lazy" });
+  image.addEventListener("error", () => image.replaceWith(make("span", { className: `${className} lost` }, "no image")));
+  return image;
+}
+
 /** A tile's photos in short: copies where they may be shown, else links. */
 function previews(tile) {
   const { photos } = tile;
   if (!photos.length) return make("p", { className: "note" }, "No photo is paired with this tile.");
   if (photos.some((photo) => photo.copy_url)) {
     const few = photos.slice(0, photos.length > 4 ? 3 : 4);
-    const pictures = few.map((photo) =>
-      make("img", { src: photo.copy_url, loading: "lazy", alt: photo.title || "Ground photo", title: photo.title || "" }));
+    const pictures = few.map((photo) => picture(photo.copy_url, photo.title || "Ground photo"));
     if (photos.length > few.length) pictures.push(make("span", { className: "rest" }, `+${photos.length - few.length}`));
     return make("div", { className: "photos" }, ...pictures);
   }
@@ -614,7 +618,7 @@ function showDetail(tile) {
     make("h2", {}, place(...middle)),
     make("p", { className: "facts" }, facts.filter(Boolean).join(" · ")),
     make("div", { className: "chipframe" },
-      make("img", { src: `${tilePath(tile.region, tile.tile_id)}/chip.jpg`, alt: "The tile from above", width: px, height: px }), marks),
+      picture(`${tilePath(tile.region, tile.tile_id)}/chip.jpg`, "The tile from above"), marks),
     make("p", { className: "note" }, `The dashed square is what was compared with the words. Tile ${tile.tile_id}, scene ${tile.scene_id}.`),
     make("h2", {}, photos.length ? count(photos.length, "ground photo") : "No ground photo"),
     ...photos.map((photo, k) => photoEntry(photo, k, dots[k])),
@@ -643,9 +647,8 @@ function photoEntry(photo, number, dot) {
       : photo.licence.name),
     photo.page_url ? make("p", { className: "small" }, pageLink(photo, "Open on Flickr ↗")) : null,
     photo.tags.length ? make("p", { className: "small" }, photo.tags.slice(0, 8).map((tag) => `#${tag}`).join(" ")) : null);
-  const picture = photo.copy_url
-    ? make("img", { src: photo.copy_url, loading: "lazy", alt: photo.title || "Ground photo" }) : make("span", {});
-  const entry = make("article", { className: "photo" }, picture, text);
+  const shown = photo.copy_url ? picture(photo.copy_url, photo.title || "Ground photo") : make("span", {});
+  const entry = make("article", { className: "photo" }, shown, text);
   entry.addEventListener("pointerenter", () => dot.classList.add("pointed"));
   entry.addEventListener("pointerleave", () => dot.classList.remove("pointed"));
   return entry;
