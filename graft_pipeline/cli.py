@@ -13,6 +13,7 @@ import typer
 from graft_pipeline.errors import GraftError
 
 if TYPE_CHECKING:
+    from graft_pipeline.search import SearchIndex
     from resources.storage import Storage
     from training.zero_shot.answering.writers import Writer
 
@@ -332,6 +333,103 @@ def segment(
         )
     rows = [[number, name, f"{100 * share:.1f} %"] for number, (name, share) in enumerate(made.share.items())]
     _table(f"{made.path}: {made.width_px} x {made.height_px} px", ["value", "class", "share"], rows)
+
+
+@app.command()
+def search(
+    words: Annotated[str | None, typer.Argument(help='What is searched for: "solar farm".')] = None,
+    like: Annotated[str | None, typer.Option(help="Instead of words: tiles that look like this one.")] = None,
+    photo: Annotated[
+        Path | None, typer.Option(help="Instead of words: tiles where this ground photo may be taken.")
+    ] = None,
+    area: Annotated[
+        Path | None, typer.Option(help="Vector file of polygons in which tiles are searched; default: all.")
+    ] = None,
+    since: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First UTC day of the scenes' acquisition.")
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="UTC day before which scenes were acquired.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Tiles at most.")] = 50,
+    sensor: Annotated[str, typer.Option(help="Whose tiles are searched.")] = "naip",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Tiles as points: .geojson, or .parquet for GeoParquet."),
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Contact sheet of the tiles to write, a JPEG.")] = None,
+    is_exact: Annotated[
+        bool, typer.Option("--exact", help="Score every tile, however many there are.")
+    ] = False,
+) -> None:
+    """Find the tiles that words describe: `graft search "solar farm" --area area.geojson -o hits.geojson`."""
+    from graft_pipeline import schemas, sheets
+    from graft_pipeline.areas import read_area
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.manifests import write_bytes_atomic
+    from graft_pipeline.search import Filters, SearchIndex, check_hits_name, write_hits
+    from graft_pipeline.settings import load_settings
+
+    if sum(query is not None for query in (words, like, photo)) != 1:
+        raise InputError('Say what is searched for: words ("solar farm"), --like TILE_ID or --photo FILE.')
+    if output is not None:
+        check_hits_name(output)
+    settings, storage = load_settings(), _storage()
+    if sensor not in settings.sensor_records:
+        raise InputError(f"No sensor {sensor!r}: use one of {', '.join(settings.sensor_records)}.")
+    days = [None if day is None else day.date() for day in (since, until)]
+    filters = Filters(read_area(area).geometry if area else None, *days)
+    with storage.explained():
+        index = SearchIndex.open(storage.root, sensor)
+        vector = _query_vector(index, words, like, photo)
+        found = index.search(vector, top, filters, is_exact=is_exact)
+        if sheet is not None:
+            picture = sheets.search_sheet(
+                {str(words or like or photo): found},
+                lambda region: (
+                    storage.read(schemas.CHIPS, sensor=sensor, region=region),
+                    storage.folder(schemas.CHIPS, sensor=sensor, region=region),
+                ),
+                crop_px=settings.sensor_records[sensor].crop_px,
+            )
+            write_bytes_atomic(sheet, picture)
+    if output is not None:
+        write_hits(output, found)
+    rows = [
+        [
+            rank,
+            f"{row['score']:.4f}",
+            row["tile_id"],
+            *(f"{row[name]:.5f}" for name in ("center_lon_deg", "center_lat_deg")),
+            *(row["region"], f"{row['acquired_at_utc']:%Y-%m-%d}"),
+        ]
+        for rank, row in enumerate(found.to_pylist(), start=1)
+    ]
+    title = f"{len(rows)} of {index.rows:,} tiles in {len(index.regions)} regions"
+    _table(title, ["rank", "score", "tile_id", "lon_deg", "lat_deg", "region", "acquired"], rows)
+
+
+def _query_vector(index: "SearchIndex", words: str | None, like: str | None, photo: Path | None) -> Any:
+    """What is searched for in an index, (D,) float32: words, a tile of it, or a ground photo."""
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.settings import load_settings
+    from training.encoders import load_clip
+    from training.zero_shot.queries import text_vector
+
+    if like is not None:
+        return index.vector_of(like)
+    folder = _storage().models_folder
+    clip = load_clip(f"local-dir:{folder / f'sensor={index.sensor}' / 'image_encoder' / 'encoder'}")
+    index.check_model(clip.fingerprint())
+    if photo is None:
+        return text_vector(clip, words or "")
+    from resources.foundation import FoundationModel
+
+    try:
+        content = photo.read_bytes()
+    except OSError as error:
+        raise InputError(f"{photo}: {error.strerror}. Name an image file.") from error
+    return FoundationModel.of_deployment(load_settings(), folder).embed_images([content])[0]
 
 
 @app.command("map")

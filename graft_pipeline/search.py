@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.manifests import atomic_local_file
 from graft_pipeline.schemas import SEARCH_RESULTS
 from graft_pipeline.search_index import (
     EXACT_ROWS,
@@ -402,6 +403,43 @@ def best(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
     else:
         candidates = np.arange(len(scores))
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+
+
+def write_hits(path: Path, found: pa.Table) -> None:
+    """Write what a search answered as points, atomically.
+
+    Args:
+        path: file that ends in `.geojson`, or in `.parquet` for GeoParquet.
+        found: SEARCH_RESULTS rows.
+
+    Raises:
+        InputError: if the name ends in something else.
+        ServiceError: if the disk is full.
+    """
+    import geopandas
+    import shapely
+
+    check_hits_name(path)
+    centers = shapely.points(found["center_lon_deg"].to_numpy(), found["center_lat_deg"].to_numpy())
+    frame = geopandas.GeoDataFrame(found.to_pandas(), geometry=centers, crs="EPSG:4326")
+    with atomic_local_file(path) as partial:
+        if path.suffix == ".parquet":
+            frame.to_parquet(partial, index=False)
+        else:
+            frame.to_file(partial, driver="GeoJSON")
+
+
+def check_hits_name(path: Path) -> None:
+    """Refuse a name that `write_hits` would refuse, before a search.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if it ends in something else than `.geojson` or `.parquet`.
+    """
+    if path.suffix not in (".geojson", ".parquet"):
+        raise InputError(f"{path}: end its name in .geojson, or in .parquet for GeoParquet.")
 
 
 def stale_regions(root: "UPath | Path", sensor: str, manifest: Manifest) -> dict[str, str]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 
 from graft_pipeline.embeddings import vectors_of
 from graft_pipeline.errors import DataError
+from graft_pipeline.grid import kept_as
 from graft_pipeline.manifests import (
     atomic_local_file,
     is_local,
@@ -49,6 +51,8 @@ EXACT_ROWS = 100_000
 #: Lists are learned anew when the number of vectors grew or fell by this factor.
 _RELEARN_FACTOR = 4
 _BATCH = 16_384
+#: Columns of CHIPS that a part is made of.
+_OF_CHIPS = ["tile_id", "status", "scene_id", "acquired_at_utc"]
 #: Footers read at the same time; on an object store each is a request or two.
 _THREADS = 16
 
@@ -136,6 +140,7 @@ class Update:
         removed: regions whose parts went.
         without_chip: embedded tiles left out as they have no stored chip, of the parts made.
         is_changed: whether any file changed.
+        seconds: wall time.
     """
 
     manifest: Manifest
@@ -143,6 +148,7 @@ class Update:
     removed: tuple[str, ...]
     without_chip: int
     is_changed: bool
+    seconds: float
 
 
 def index_folder(root: "UPath | Path", sensor: str) -> "UPath":
@@ -197,8 +203,9 @@ def read_sources(root: "UPath | Path", sensor: str) -> dict[str, Source]:
     Raises:
         DataError: if a file is damaged.
     """
-    pattern = f"{CHIP_EMBEDDINGS.name}/sensor={sensor}/region=*/{CHIP_EMBEDDINGS.name}.parquet"
-    regions = sorted(str(file.parts[-2]).partition("=")[2] for file in root.glob(pattern))
+    pattern = f"{CHIP_EMBEDDINGS.name}/sensor={{}}/region=*/{CHIP_EMBEDDINGS.name}.parquet"
+    files = [file for name in kept_as(sensor) for file in root.glob(pattern.format(name))]
+    regions = sorted({str(file.parts[-2]).partition("=")[2] for file in files})
     with ThreadPoolExecutor(_THREADS) as pool:
         sources = pool.map(lambda region: _source(root, sensor, region), regions)
         found = dict(zip(regions, sources, strict=True))
@@ -206,16 +213,21 @@ def read_sources(root: "UPath | Path", sensor: str) -> dict[str, Source]:
 
 
 def _source(root: "UPath | Path", sensor: str, region: str) -> Source | None:
-    embedded = _footer(root, CHIP_EMBEDDINGS, sensor, region)
-    chips = _footer(root, CHIPS, sensor, region)
-    if embedded is None:
-        return None
-    # A column of at most a few values: each row group's least and greatest name them all, or show that they differ.
-    number = embedded.schema.names.index("model_id")
-    groups = [embedded.row_group(group).column(number).statistics for group in range(embedded.num_row_groups)]
-    model_ids = {value for group in groups if group is not None for value in (group.min, group.max)}
-    digest = fingerprint(VERSION, _digest(embedded), None if chips is None else _digest(chips))
-    return Source(digest, embedded.num_rows, tuple(sorted(model_ids)))
+    model_ids, rows, digests = set[str](), 0, list[str | None]()
+    for name in kept_as(sensor):
+        embedded = _footer(root, CHIP_EMBEDDINGS, name, region)
+        chips = _footer(root, CHIPS, name, region)
+        if embedded is None:
+            continue
+        # A column of at most a few values: each row group's least and greatest name them all, or show that they differ.
+        number = embedded.schema.names.index("model_id")
+        groups = [
+            embedded.row_group(group).column(number).statistics for group in range(embedded.num_row_groups)
+        ]
+        model_ids |= {value for group in groups if group is not None for value in (group.min, group.max)}
+        rows += embedded.num_rows
+        digests += [_digest(embedded), None if chips is None else _digest(chips)]
+    return Source(fingerprint(VERSION, *digests), rows, tuple(sorted(model_ids))) if digests else None
 
 
 def _footer(root: "UPath | Path", dataset: Dataset, sensor: str, region: str) -> Any:
@@ -259,6 +271,7 @@ def update(
         DataError: if a dataset is damaged.
         ServiceError: if the disk is full.
     """
+    started = time.perf_counter()
     folder = index_folder(root, sensor)
     remove_partial_files(folder)
     sources = read_sources(root, sensor)
@@ -300,7 +313,7 @@ def update(
         if file.name not in files_of(manifest) and file.suffix in (".arrow", ".faiss"):
             file.unlink()
     removed = tuple(region for region in known.parts if region not in parts)
-    return Update(manifest, tuple(made), removed, without_chip, is_changed)
+    return Update(manifest, tuple(made), removed, without_chip, is_changed, time.perf_counter() - started)
 
 
 def _usable(folder: "UPath", known: Manifest | None, model_id: str) -> Manifest:
@@ -318,6 +331,12 @@ def files_of(manifest: Manifest) -> set[str]:
     """Names of the files that an index consists of, its manifest aside."""
     shortlist = () if manifest.shortlist is None else (manifest.shortlist.file,)
     return {*(part.file for part in manifest.parts.values()), *shortlist}
+
+
+def size_bytes(root: "UPath | Path", sensor: str, manifest: Manifest) -> int:
+    """Bytes of an index's files, its manifest aside."""
+    folder = index_folder(root, sensor)
+    return sum((folder / name).stat().st_size for name in files_of(manifest))
 
 
 def _update_shortlist(
@@ -459,13 +478,14 @@ def _most_common_model(sources: Iterable[Source]) -> str:
 
 def _part_table(root: "UPath | Path", sensor: str, region: str) -> tuple[pa.Table, int]:
     """Rows of a region's part, sorted by tile, and how many tiles have no stored chip."""
-    place = {"sensor": sensor, "region": region}
-    embedded = read_table(partition_file(root, CHIP_EMBEDDINGS, **place), CHIP_EMBEDDINGS)
-    chips = read_table(
-        partition_file(root, CHIPS, **place), CHIPS, ["tile_id", "status", "scene_id", "acquired_at_utc"]
-    )
-    embedded = CHIP_EMBEDDINGS.empty() if embedded is None else embedded.sort_by("tile_id")
-    chips = CHIPS.empty() if chips is None else chips.filter(pc.equal(chips["status"], "ok"))
+    embedded, chips = CHIP_EMBEDDINGS.empty(), CHIPS.empty().select(_OF_CHIPS)
+    for name in kept_as(sensor):
+        place = {"sensor": name, "region": region}
+        more = read_table(partition_file(root, CHIP_EMBEDDINGS, **place), CHIP_EMBEDDINGS)
+        stored = read_table(partition_file(root, CHIPS, **place), CHIPS, _OF_CHIPS)
+        embedded = embedded if more is None else pa.concat_tables([embedded, more])
+        chips = chips if stored is None else pa.concat_tables([chips, stored])
+    embedded, chips = embedded.sort_by("tile_id"), chips.filter(pc.equal(chips["status"], "ok"))
     position = pc.index_in(embedded["tile_id"], chips["tile_id"].combine_chunks())
     has_chip = pc.is_valid(position)
     embedded, position = embedded.filter(has_chip), position.filter(has_chip)

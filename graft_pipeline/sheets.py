@@ -3,7 +3,7 @@
 How a sheet is drawn is in previews.py; these functions choose and read what is shown, the same for the same seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,35 @@ def chip_sheet(chips: pa.Table, folder: UPath, *, seed: int, count: int = 24) ->
     """Some stored chips of CHIPS rows, as a JPEG."""
     shown = sample_chips(folder, chips, count, seed)
     return previews.contact_sheet([array for _, array in shown], cell_px=112, columns=6)
+
+
+def search_sheet(found: Mapping[str, pa.Table], read: ReadRows, *, crop_px: int, columns: int = 8) -> bytes:
+    """What searches answered, best first, with scores: each search starts a row.
+
+    Args:
+        found: SEARCH_RESULTS rows by what was searched for.
+        read: gives a region's CHIPS rows and the folder of their shards.
+        crop_px: side of the central crop that was embedded; only it is shown.
+        columns: chips in a row.
+
+    Returns:
+        A JPEG; a tile whose chip is not stored is blank.
+    """
+    pictures: list[np.ndarray] = []
+    labels: list[str] = []
+    for words, table in found.items():
+        shown = chips_by_id(table["tile_id"].to_pylist(), table["region"].to_pylist(), read)
+        missing = -len(shown) % columns if len(found) > 1 else 0
+        pictures += [BLANK if chip is None else _central(chip, crop_px) for chip in shown] + [BLANK] * missing
+        scores = [f"{score:.3f}" for score in table["score"].to_pylist()]
+        labels += [f"{words} {score}" if number == 0 else score for number, score in enumerate(scores)]
+        labels += [""] * missing
+    return previews.contact_sheet(pictures, labels, columns=columns, cell_px=112)
+
+
+def _central(chip: np.ndarray, crop_px: int) -> np.ndarray:
+    top, left = (max(0, side - crop_px) // 2 for side in chip.shape[:2])
+    return chip[top : top + crop_px, left : left + crop_px]
 
 
 def pair_sheet(

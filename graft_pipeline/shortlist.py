@@ -19,8 +19,8 @@ BITS = 2
 SAMPLE_PER_LIST = 40
 _ITERATIONS = 8
 _SEED = 1
-#: Share of the lists that a query looks into.
-PROBED_SHARE = 1 / 24
+#: Share of the lists that a query looks into, and at least as many as hold so many vectors.
+PROBED_SHARE, LEAST_PROBED = 1 / 24, 50_000
 #: Candidates for each vector that is asked for, at least the second number.
 CANDIDATES_PER_HIT, LEAST_CANDIDATES = 20, 500
 
@@ -151,7 +151,7 @@ class Shortlist:
         share = 1.0 if is_admitted is None else max(1, int(np.count_nonzero(is_admitted))) / self.rows
         wanted = max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * top)
         lists = self._lists.nlist
-        probed = min(lists, math.ceil(lists * PROBED_SHARE / share))
+        probed = min(lists, math.ceil(lists * max(PROBED_SHARE, LEAST_PROBED / self.rows) / share))
         inside = faiss.SearchParametersIVF(nprobe=probed)
         if is_admitted is not None:
             # Kept by name: faiss refers to it.
@@ -176,7 +176,7 @@ def sample_size(rows: int) -> int:
 
 
 def lists_for(rows: int) -> int:
-    """How many lists an index of some vectors has: a power of two near four times the root of their number.
+    """How many lists an index of some vectors has: a power of two near twice the root of their number.
 
     Args:
         rows: vectors.
@@ -184,4 +184,4 @@ def lists_for(rows: int) -> int:
     Returns:
         The number.
     """
-    return int(2 ** round(math.log2(max(1.0, 4 * math.sqrt(rows)))))
+    return int(2 ** round(math.log2(max(1.0, 2 * math.sqrt(rows)))))

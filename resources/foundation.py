@@ -26,6 +26,7 @@ from upath import UPath
 from graft_pipeline.errors import DataError, SettingsError
 from graft_pipeline.manifests import is_local
 from graft_pipeline.provenance import fingerprint
+from graft_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,22 @@ class FoundationModel:
             The model, not loaded yet.
         """
         return cls(f"local-dir:{folder}", None, **kwargs)
+
+    @classmethod
+    def of_deployment(cls, settings: Settings, models_folder: UPath) -> "FoundationModel":
+        """The model that the settings name, or the planet's own.
+
+        Args:
+            settings: of the deployment.
+            models_folder: where the planet's own lies.
+
+        Returns:
+            The model, not loaded yet.
+        """
+        named = settings.foundation_architecture
+        if settings.is_planet and named == Settings.model_fields["foundation_architecture"].default:
+            return cls.from_folder(models_folder / "foundation")
+        return cls(named, settings.foundation_pretrained)
 
     @property
     def model_id(self) -> str:
