@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -258,7 +259,8 @@ def test_hits_are_saved_as_footprints(made: SimpleNamespace, tmp_path: Path) -> 
     assert frame["rank"].tolist() == list(range(1, len(frame) + 1))
     assert set(frame["region"]) == set(REGIONS)
     assert frame.to_crs(32619).area.to_numpy() == pytest.approx(224.0**2, rel=1e-4)
-    assert (frame.geometry.centroid.x - frame["center_lon_deg"]).abs().max() < 1e-6
+    middle = (frame.bounds["minx"] + frame.bounds["maxx"]) / 2
+    assert (middle - frame["center_lon_deg"]).abs().max() < 1e-6
     assert json.loads(answer.content)["query"]["words"] == "city"
     assert json.loads(answer.content)["hits"] == len(frame)
 
@@ -413,6 +415,37 @@ def test_the_page_and_its_library_name_no_other_host(made: SimpleNamespace) -> N
         "vendor/leaflet/LICENSE",
     ):
         assert requests.get(f"{made.real}/static/{name}", timeout=30).ok
+
+
+@pytest.mark.browser
+def test_what_people_write_is_shown_as_text_and_photos_are_links(
+    made: SimpleNamespace, chromium: Any
+) -> None:
+    page = chromium.new_page(viewport={"width": 1200, "height": 800})
+    alarms, requests_made = [], []
+    page.on("dialog", lambda dialog: (alarms.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: requests_made.append(request.url))
+    words = f"lake {EVIL}"
+    with serving(app_of(made.root, basemap=Basemap(None, EVIL, lambda z, x, y: b"", (0, 19)))) as url:
+        page.goto(url)
+        page.locator("#words").fill(words)
+        page.keyboard.press("Enter")
+        page.locator(".links a").first.wait_for()
+        assert words in page.locator("#status").inner_text()
+        assert page.locator(".links a").first.inner_text() == EVIL
+        page.locator(".chip-button").first.click()
+        page.locator("article.photo b").first.wait_for()
+        assert page.locator("article.photo b").first.inner_text() == EVIL
+        assert page.locator("article.photo").get_by_text("#<b>bold</b>").count() == 2
+        link = page.locator("article.photo").get_by_text("Open on Flickr").first
+        assert re.fullmatch(r"https://www\.flickr\.com/photos/someone@N00/\d+/", link.get_attribute("href"))
+        assert {"noopener", "noreferrer"} <= set(link.get_attribute("rel").split())
+        assert page.locator("article.photo img").count() == 0
+        assert EVIL in page.locator(".leaflet-control-attribution").inner_text()
+        assert page.locator("[onerror], #panel script").count() == 0
+        page.close()
+        assert not alarms
+        assert not [asked for asked in requests_made if not asked.startswith((url, "data:"))]
 
 
 def test_a_base_map_needs_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -441,6 +441,7 @@ async function run() {
   state.running = new AbortController();
   const { signal } = state.running;
   closeDetail(false);
+  $("intro").hidden = true;
   state.density = null;
   state.shownTop = PAGE;
   say(`Searching for “${state.query}” …`, "busy");
