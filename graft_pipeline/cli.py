@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 an error of ours with its message on stderr, 2 wrong usage
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -89,6 +89,26 @@ def demo(
     from graft_pipeline.demo import run_demo
 
     run_demo(folder, seed=seed, is_small=small)
+
+
+@app.command()
+def collect(
+    file: Annotated[Path, typer.Argument(help="The area: GeoJSON or any vector file of polygons.")],
+    folder: Annotated[
+        Path, typer.Option(help="A demo's folder, or one to make: data, Dagster's state and settings.")
+    ] = Path("demo"),
+    name: Annotated[str | None, typer.Option(help="Name of the area; default: the file's.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Features to take, in SQL: \"name='Rhode Island'\".")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which planet, if the folder is new.")] = 0,
+) -> None:
+    """Collect an area of your own here and now, from photos to pairs: what a backfill does in a deployment."""
+    from graft_pipeline.demo import collect_area
+
+    collect_area(folder, file, name=name, where=where, seed=seed)
+    env_file = folder.resolve() / "settings.env"
+    typer.echo(f"Lineage and pictures: make ui. Tables: GRAFT_ENV_FILE={env_file} graft status")
 
 
 @planet_app.command("serve")
@@ -467,8 +487,9 @@ def map_concepts(
     from rich.console import Console
     from rich.progress import Progress
 
-    from graft_pipeline import concept_maps, map_files, schemas
+    from graft_pipeline import concept_maps, map_files
     from graft_pipeline.areas import read_area
+    from graft_pipeline.grid import stored_chips
     from graft_pipeline.search import Filters, SearchIndex
     from training.encoders import load_clip
     from training.zero_shot.queries import text_vector
@@ -495,10 +516,7 @@ def map_concepts(
             output,
             maps,
             f"{', '.join(maps.concepts)} by {sensor}",
-            lambda region: (
-                storage.read(schemas.CHIPS, sensor=sensor, region=region),
-                storage.folder(schemas.CHIPS, sensor=sensor, region=region),
-            ),
+            lambda region: stored_chips(storage.root, sensor, region),
             shown,
         )
     _table(
@@ -561,6 +579,114 @@ def serve(
         port,
         on_ready=lambda url: typer.echo(f"Search {index.rows:,} tiles at {url} (Ctrl-C ends it)"),
     )
+
+
+@app.command()
+def ask(
+    image: Annotated[
+        str, typer.Argument(help="GeoTIFF, PNG or JPEG, or the id of a tile of this deployment: naip-30012.")
+    ],
+    question: Annotated[
+        str | None, typer.Argument(help='In English: "How many baseball fields are north of the river?"')
+    ] = None,
+    program: Annotated[
+        str | None, typer.Option(help="Instead of a question: a program, such as 'count(find(\"lake\"))'.")
+    ] = None,
+    writer: Annotated[
+        Literal["auto", "grammar", "endpoint"],
+        typer.Option(
+            help="Who writes the program: the embedded grammar, the model of GRAFT_ANSWER_URL, or (auto) that model "
+            "where the grammar does not know the question."
+        ),
+    ] = "auto",
+    evidence: Annotated[
+        Path | None, typer.Option(help="PNG to write: the image with what the answer rests on.")
+    ] = None,
+    sensor: Annotated[
+        str | None,
+        typer.Option(help="Whose pixel-level encoder looks; default: the tile's, else naip."),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of another encoder, or any open_clip ViT (with --pretrained).")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or checkpoint of --encoder.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="What images show besides: a prompt set or JSON file. Default: planet or naip_osm."
+        ),
+    ] = None,
+    gsd_m: Annotated[
+        float | None,
+        typer.Option(help="Metres per pixel of an image without coordinates; default: the sensor's."),
+    ] = None,
+    values: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", help="Values shown as black and white: 0 3000 for Sentinel-2 reflectance."),
+    ] = None,
+    sam: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
+    ] = None,
+) -> None:
+    """Answer a question about an image, with the program and the evidence: `graft ask scene.tif "Where is ..."`."""
+    from graft_pipeline.errors import InputError
+    from graft_pipeline.manifests import write_bytes_atomic
+    from graft_pipeline.settings import load_settings
+    from training.encoders import load_clip
+    from training.zero_shot.answering import evidence as drawing
+    from training.zero_shot.answering.detection import PixelDetector
+    from training.zero_shot.answering.images import read_image, read_tile
+    from training.zero_shot.answering.interpreter import Interpreter
+    from training.zero_shot.answering.language import parse
+    from training.zero_shot.answering.writers import with_grammar
+    from training.zero_shot.prompted import Sam
+    from training.zero_shot.prompts import load_prompts
+
+    if (question is None) == (program is None):
+        raise InputError("Ask a question, or give --program, not both.")
+    settings, storage = load_settings(), _storage()
+    is_file = Path(image).exists()
+    name = sensor or (image.rpartition("-")[0] if not is_file else "") or "naip"
+    if name not in settings.sensor_records:
+        raise InputError(
+            f"No sensor {name!r}, and no file {image}: use one of {', '.join(settings.sensor_records)}."
+        )
+    record = settings.sensor_records[name]
+    if program is None:
+        model = (
+            _model_writer() if writer == "endpoint" or (writer == "auto" and settings.answer_url) else None
+        )
+        write = model if writer == "endpoint" and model is not None else with_grammar(model)
+        program = write(question or "")
+    parsed = parse(program)
+    with storage.explained():
+        looked_at = (
+            read_image(image, gsd_m or record.gsd_m, values) if is_file else read_tile(storage.root, image)
+        )
+    folder = storage.models_folder / f"sensor={name}" / "pixel_encoder" / "encoder"
+    if encoder is None and not folder.exists():
+        raise InputError(
+            f"{folder} holds no encoder: materialise {name}/pixel_encoder, or name one with --encoder."
+        )
+    named = encoder or f"local-dir:{folder}"
+    clip = load_clip(f"local-dir:{named}" if Path(named).is_dir() else named, pretrained)
+    vocabulary = load_prompts(prompts or ("planet" if settings.is_planet else "naip_osm"))
+    detector = PixelDetector(clip, vocabulary, record.gsd_m, masks=None if sam is None else Sam(sam).masks)
+    answer = Interpreter(detector).run(parsed, looked_at)
+    typer.echo(f"{answer.text}\n\n{parsed.text}")
+    _table("Steps", ["call", "gave"], [[step.call, step.shown] for step in answer.evidence.steps])
+    _table(
+        "Evidence",
+        ["object", "score", "m2", "middle (column, row)"],
+        [
+            [of.concept, f"{of.score:.2f}", f"{of.pixels * looked_at.gsd_m**2:,.0f}",
+             f"{of.middle[1]:.0f}, {of.middle[0]:.0f}"]
+            for of in answer.evidence.objects
+        ],
+    )  # fmt: skip
+    if evidence is not None:
+        write_bytes_atomic(evidence, drawing.to_png(answer, looked_at, question or parsed.text))
+        typer.echo(f"Drawn at {evidence}")
 
 
 @app.command()

@@ -172,7 +172,7 @@ def _lattice(file: DatasetReader, clip: Clip, options: RasterOptions) -> Lattice
     """Patches over a raster, each as large on the ground as in training."""
     # A window shows CROP_PX pixels of the sensor, as training crops do.
     patch_m = options.gsd_m * CROP_PX / clip.model.visual.grid_size[0]
-    x_m, y_m = _pixel_size_m(file)
+    x_m, y_m = pixel_size_m(file)
     if patch_m < max(x_m, y_m):
         raise InputError(
             f"A patch of the encoder ({patch_m:g} m) is smaller than a pixel of {file.name} "
@@ -181,8 +181,15 @@ def _lattice(file: DatasetReader, clip: Clip, options: RasterOptions) -> Lattice
     return Lattice.over(clip, file.width, file.height, patch_m / x_m, patch_m / y_m, options.overlap)
 
 
-def _pixel_size_m(file: DatasetReader) -> tuple[float, float]:
-    """Width and height of a pixel in metres; of geographic rasters, at their middle."""
+def pixel_size_m(file: DatasetReader) -> tuple[float, float]:
+    """Width and height of a raster's pixel.
+
+    Args:
+        file: the raster.
+
+    Returns:
+        Metres; of geographic rasters, at their middle.
+    """
     x, y = file.res
     if file.crs is None or not file.crs.is_geographic:
         factor = 1.0 if file.crs is None else file.crs.linear_units_factor[1]
@@ -197,7 +204,7 @@ class _Reader:
 
     def __init__(self, file: DatasetReader, grid: Lattice, options: RasterOptions) -> None:
         self._file, self._grid, self._range = file, grid, options.display_range
-        self._bands = options.bands or _rgb_bands(file)
+        self._bands = options.bands or rgb_bands(file)
         missing = [band for band in self._bands if not 1 <= band <= file.count]
         if missing:
             raise InputError(f"{file.name} has {file.count} bands, not {missing}: name three of its bands.")
@@ -239,9 +246,20 @@ class _Reader:
         return np.moveaxis(pixels, 0, -1).astype(np.uint8)
 
 
-def _rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
+def rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
+    """Which bands of a raster are red, green and blue.
+
+    Args:
+        file: the raster.
+
+    Returns:
+        1-based numbers, by the file's colour interpretation, else the first three.
+
+    Raises:
+        InputError: if it has fewer than three bands.
+    """
     if file.count < 3:
-        raise InputError(f"{file.name} has {file.count} bands: segmentation needs red, green and blue.")
+        raise InputError(f"{file.name} has {file.count} bands: give an image of red, green and blue.")
     by_colour = {colour: number for number, colour in enumerate(file.colorinterp, start=1)}
     wanted = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
     found = [by_colour[colour] for colour in wanted if colour in by_colour]
