@@ -14,7 +14,7 @@ from assets.external import FOUNDATION_KEY
 from assets.learning import encoder_folder, local_model
 from assets.planet import scores_result
 from assets.reporting import OWNERS, check_specs, report_table, table_schema
-from graft_pipeline import chips, concept_maps, embeddings, map_files, previews, schemas
+from graft_pipeline import chips, concept_maps, embeddings, grid, map_files, previews, schemas
 from graft_pipeline.concept_maps import Background, ConceptMaps, Hexagons, map_concepts, map_vectors
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS
@@ -198,9 +198,9 @@ def true_shares(
 
 
 def stored_chips(storage: Storage, sensor: Sensor, region: str) -> tuple:
-    """A region's CHIPS rows and the folder of their shards."""
-    place = {"sensor": sensor.name, "region": region}
-    return storage.read(schemas.CHIPS, **place), storage.folder(schemas.CHIPS, **place)
+    """A region's CHIPS rows, grid tiles included, and the folder that their shards are named from."""
+    with storage.explained():
+        return grid.stored_chips(storage.root, sensor.name, region)
 
 
 def draw(maps: ConceptMaps, panels: list[tuple[str, np.ndarray]], title: str, columns: int = 4) -> bytes:

@@ -15,7 +15,7 @@ from graft_pipeline import chips, embeddings, previews, rules, schemas, training
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
 from graft_pipeline.previews import to_markdown
-from graft_pipeline.progress import Progress
+from graft_pipeline.progress import Progress, Report
 from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from resources.foundation import FoundationModel
@@ -150,27 +150,35 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """f_S^I of every chip's central crop, for search and maps."""
-        from training.encoders import encode_images
-
-        place = {"sensor": sensor.name, "region": context.partition_key}
-        clip = local_model(encoder_folder(storage, sensor, "image"))
-
-        def embed(contents):
-            return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)
-
-        table = embeddings.embed_chips(
-            storage.read(schemas.CHIPS, **place),
-            storage.read(schemas.TILES, **place),
-            storage.read(schemas.CHIP_EMBEDDINGS, **place),
-            storage.folder(schemas.CHIPS, **place),
-            embed,
-            clip.fingerprint(),
-            progress.task(f"{context.partition_key} {sensor.name} chip embeddings"),
-        )
-        changed = storage.write(schemas.CHIP_EMBEDDINGS, table, **place)
-        return report_table(schemas.CHIP_EMBEDDINGS, table, changed=changed, encoder=clip.fingerprint())
+        report = progress.task(f"{context.partition_key} {sensor.name} chip embeddings")
+        return embed_region(storage, sensor, sensor.name, context.partition_key, report)
 
     return [training_set, image_encoder, pixel_encoder, chip_embeddings]
+
+
+def embed_region(
+    storage: Storage, sensor: Sensor, kept_as: str, region: str, report: Report
+) -> dg.MaterializeResult:
+    """Embed one region's chips with a sensor's encoder; `kept_as` is the sensor name that they are kept under."""
+    from training.encoders import encode_images
+
+    place = {"sensor": kept_as, "region": region}
+    clip = local_model(encoder_folder(storage, sensor, "image"))
+
+    def embed(contents):
+        return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)
+
+    table = embeddings.embed_chips(
+        storage.read(schemas.CHIPS, **place),
+        storage.read(schemas.TILES, **place),
+        storage.read(schemas.CHIP_EMBEDDINGS, **place),
+        storage.folder(schemas.CHIPS, **place),
+        embed,
+        clip.fingerprint(),
+        report,
+    )
+    changed = storage.write(schemas.CHIP_EMBEDDINGS, table, **place)
+    return report_table(schemas.CHIP_EMBEDDINGS, table, changed=changed, encoder=clip.fingerprint())
 
 
 def training_result(trained: Trained, title: str, snapshot: str) -> dg.MaterializeResult:

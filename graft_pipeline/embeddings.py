@@ -192,10 +192,15 @@ def embed_chips(
         report: progress.
 
     Returns:
-        CHIP_EMBEDDINGS rows of all ok chips, sorted by tile_id.
+        CHIP_EMBEDDINGS rows of all tiles' ok chips, sorted by tile_id.
     """
     ok = chips.filter(pc.equal(chips["status"], "ok"))
-    kept = known.filter(pc.equal(known["model_id"], model_id))
+    kept = known.filter(
+        pc.and_(
+            pc.equal(known["model_id"], model_id),
+            pc.is_in(known["tile_id"], tiles["tile_id"].combine_chunks()),
+        )
+    )
     todo = ok.filter(pc.invert(pc.is_in(ok["tile_id"], kept["tile_id"].combine_chunks())))
     todo = todo.select(["tile_id", "shard", "offset", "size_bytes"]).join(
         tiles.select(["tile_id", "center_lon_deg", "center_lat_deg"]), "tile_id", join_type="inner"

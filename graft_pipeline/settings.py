@@ -207,6 +207,23 @@ class Settings(BaseSettings):
     sampling: Literal["non_overlapping", "random", "per_quarter"] = "non_overlapping"
     validation_fraction: float = Field(0.1, gt=0, lt=1)
 
+    # --- grid ---
+    #: By sensor, distance of grid tiles in metres, such as `{"naip": 448}`: chips and embeddings over all of the areas,
+    #: for search and maps, not only where photos are. Unset: none. Each tile costs a request for imagery.
+    grid_stride_m: dict[str, float] = Field(default_factory=dict)
+
+    # --- incremental collection ---
+    #: Hours between two ticks of the schedule `collect_stale_regions`; divides a day.
+    schedule_every_hours: int = Field(1, ge=1, le=24)
+    #: Share of Flickr's quota that its ticks give out; the rest is left to people.
+    schedule_quota_share: float = Field(0.9, gt=0, le=1)
+    #: Regions that it lets wait or run at a time.
+    schedule_max_regions: int = Field(50, gt=0)
+    #: How long a search is good for: the schedule leaves the region alone meanwhile.
+    schedule_fresh_days: float = Field(7.0, gt=0)
+    #: The least time between two training sets, and between two trainings of an encoder, by `train_on_change`.
+    training_min_interval_hours: float = Field(24.0, ge=0)
+
     # --- search page ---
     #: What `graft serve` draws its map on: an XYZ URL such as `https://maps.example.org/{z}/{x}/{y}.png`, whose terms
     #: allow it. Unset: the planet's own ground, in production a plain background with the regions' borders.
@@ -230,6 +247,13 @@ class Settings(BaseSettings):
     def _grid_divides_a_degree(cls, value: float) -> float:
         if value not in (1.0, 0.5, 0.25):
             raise ValueError("grid_deg must be 1, 0.5 or 0.25")
+        return value
+
+    @field_validator("schedule_every_hours")
+    @classmethod
+    def _ticks_divide_a_day(cls, value: int) -> int:
+        if 24 % value:
+            raise ValueError("schedule_every_hours must divide 24: 1, 2, 3, 4, 6, 8, 12 or 24")
         return value
 
     @model_validator(mode="after")

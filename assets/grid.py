@@ -1,0 +1,129 @@
+"""Chips and embeddings on a regular grid over the registered areas, for search and maps of ground without photos.
+
+They exist for sensors that GRAFT_GRID_STRIDE_M names. Where grid tiles lie is decided in graft_pipeline/grid.py; no
+asset of the training path depends on them.
+"""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from assets.ground import FetchConfig
+from assets.learning import embed_region
+from assets.reporting import (
+    OWNERS,
+    RETRY,
+    check_specs,
+    only_transient_retries,
+    report_table,
+    table_schema,
+)
+from assets.sensors import external_collection
+from graft_pipeline import areas, chips, embeddings, grid, rules, schemas, sheets
+from graft_pipeline.imagery import ImagerySource, Sensor
+from graft_pipeline.partitions import REGION_PARTITIONS
+from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
+from graft_pipeline.regions import Region
+from graft_pipeline.settings import Settings
+from resources.storage import Storage
+
+
+def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefinition]:
+    """The grid of one sensor.
+
+    Args:
+        sensor: the sensor's record.
+        settings: name the stride.
+
+    Returns:
+        `grid_chips` and `grid_embeddings` if the sensor has a grid.
+    """
+    if sensor.name not in settings.grid_stride_m:
+        return []
+    kept_as = grid.grid_sensor(sensor)
+    options = {
+        "key_prefix": sensor.name,
+        "group_name": sensor.name,
+        "owners": OWNERS,
+        "partitions_def": REGION_PARTITIONS,
+        "backfill_policy": dg.BackfillPolicy.multi_run(),
+    }
+
+    @dg.asset(
+        **options,
+        deps=["regions", [sensor.name, "scenes"], external_collection(sensor, settings.imagery)],
+        code_version=code_version(grid, chips),
+        kinds={"webdataset"},
+        pool="imagery",
+        retry_policy=RETRY,
+        metadata={"dagster/column_schema": table_schema(schemas.CHIPS)},
+        check_specs=check_specs([sensor.name, "grid_chips"], "chip_georeference", "cloud_and_time"),
+    )
+    @only_transient_retries
+    def grid_chips(
+        context: dg.AssetExecutionContext,
+        config: FetchConfig,
+        world: dg.ResourceParam[Settings],
+        storage: dg.ResourceParam[Storage],
+        imagery: dg.ResourceParam[ImagerySource],
+        progress: dg.ResourceParam[Progress],
+    ) -> dg.MaterializeResult:
+        """Images of grid tiles over the region's share of the registered areas; no photo is paired with them."""
+        region = Region.parse(context.partition_key, world.grid_deg)
+        place = {"sensor": kept_as.name, "region": region.key}
+        area = areas.union(areas.list_areas(storage.areas_folder))
+        tiles = grid.grid_tiles(region, area, kept_as, world.grid_stride_m[sensor.name])
+        storage.write(schemas.TILES, tiles, **place)
+        listed = storage.read(schemas.SCENES, sensor=sensor.name, region=region.key)
+        folder, nobody, requests = (
+            storage.folder(schemas.CHIPS, **place),
+            schemas.FLICKR_PHOTOS.empty(),
+            imagery.requests,
+        )
+        table, changed = chips.update(
+            tiles,
+            listed,
+            nobody,
+            kept_as,
+            folder,
+            imagery.get_chip,
+            concurrency=imagery.concurrency,
+            max_attempts=world.max_attempts,
+            today=datetime.now(UTC).date(),
+            retry_now=config.retry_now,
+            progress=progress.task(f"{region.key} {sensor.name} grid chips"),
+        )
+        findings = [
+            rules.chip_georeference(table, tiles, rules.read_chip(folder)),
+            rules.cloud_and_time(table, tiles, nobody, listed, kept_as),
+        ]
+        return report_table(
+            schemas.CHIPS,
+            table,
+            changed=changed,
+            findings=findings,
+            picture=sheets.chip_sheet(table, folder, seed=world.seed),
+            stride_m=world.grid_stride_m[sensor.name],
+            imagery_requests=imagery.requests - requests,
+        )
+
+    @dg.asset(
+        **options,
+        deps=[grid_chips, dg.AssetDep([sensor.name, "image_encoder"])],
+        code_version=code_version(embeddings),
+        kinds={"parquet", "pytorch"},
+        pool="gpu",
+        metadata={"dagster/column_schema": table_schema(schemas.CHIP_EMBEDDINGS)},
+        check_specs=check_specs([sensor.name, "grid_embeddings"]),
+    )
+    def grid_embeddings(
+        context: dg.AssetExecutionContext,
+        storage: dg.ResourceParam[Storage],
+        progress: dg.ResourceParam[Progress],
+    ) -> dg.MaterializeResult:
+        """f_S^I of every grid chip's central crop; the search index takes them in beside those of photos' tiles."""
+        report = progress.task(f"{context.partition_key} {sensor.name} grid embeddings")
+        return embed_region(storage, sensor, kept_as.name, context.partition_key, report)
+
+    return [grid_chips, grid_embeddings]
