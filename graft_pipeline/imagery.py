@@ -135,6 +135,11 @@ class ImagerySource(Protocol):
         """HTTP requests, or reads of files, so far."""
         ...
 
+    @property
+    def downloaded_bytes(self) -> int:
+        """Bytes of their answers."""
+        ...
+
     def list_scenes(
         self,
         sensor: Sensor,

@@ -85,6 +85,7 @@ class EarthEngine:
     Attributes:
         concurrency: as given; for the caller's thread pool.
         requests: HTTP requests that this object's calls made so far, retries and initialisation included.
+        downloaded_bytes: bytes of their answers.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class EarthEngine:
         )
         self.concurrency = concurrency
         self.requests = 0
+        self.downloaded_bytes = 0
         self._retries = retries or Retries()
         self._pace = Pace("earth_engine", concurrency=concurrency, requests_per_second=requests_per_second)
         self._breaker = Breaker("Earth Engine", url, limit=max(20, 2 * concurrency))
@@ -272,9 +274,10 @@ class EarthEngine:
         with self._pace.slot(), _SESSION.use(self._target, self._count) as ee, _classified():
             return call(ee)
 
-    def _count(self) -> None:
+    def _count(self, requests: int, downloaded_bytes: int) -> None:
         with self._lock:
-            self.requests += 1
+            self.requests += requests
+            self.downloaded_bytes += downloaded_bytes
 
 
 class _Transport:
@@ -287,7 +290,7 @@ class _Transport:
         self._pool = HttpPool(connections=target.connections, timeout_s=target.timeout_s)
         self._callers = threading.local()
 
-    def count_with(self, count: Callable[[], None]) -> None:
+    def count_with(self, count: Callable[[int, int], None]) -> None:
         """Name who counts the requests of this thread."""
         self._callers.count = count
 
@@ -302,8 +305,9 @@ class _Transport:
     ) -> tuple[Any, bytes]:
         import httplib2
 
-        self._callers.count()
+        self._callers.count(1, 0)
         answer = self._pool.request(method, uri, body=body, headers=headers)
+        self._callers.count(0, len(answer.body))
         info = {key.lower(): value for key, value in answer.headers.items()}
         response = httplib2.Response({**info, "status": str(answer.status)})
         response.reason = answer.reason or f"HTTP {answer.status}"
@@ -325,7 +329,7 @@ class _Session:
         self._failure: tuple[_Target, Exception] | None = None
 
     @contextmanager
-    def use(self, target: _Target, count: Callable[[], None]) -> Iterator[Any]:
+    def use(self, target: _Target, count: Callable[[int, int], None]) -> Iterator[Any]:
         """The ee module, initialised for a target as long as the context is open.
 
         Raises:
@@ -354,7 +358,7 @@ class _Session:
                 self._users -= 1
                 self._changed.notify_all()
 
-    def _initialise(self, ee: Any, target: _Target, count: Callable[[], None]) -> None:
+    def _initialise(self, ee: Any, target: _Target, count: Callable[[int, int], None]) -> None:
         # Loaded by one thread: several that load it together read codes before it has found PROJ's data.
         import rasterio.crs  # noqa: F401
 

@@ -118,6 +118,7 @@ class FlickrClient:
     Attributes:
         filters: parameters of every search that come from `licenses` and `safe_search`.
         calls: HTTP calls made so far, retries included.
+        downloaded_bytes: bytes of their answers.
         unreachable_results: results that Flickr announced within single seconds beyond what it hands out.
     """
 
@@ -153,6 +154,7 @@ class FlickrClient:
         self._lock = threading.Lock()
         self._opened: tuple[Any, Any] | None = None
         self.calls = 0
+        self.downloaded_bytes = 0
         self.unreachable_results = 0
 
     @classmethod
@@ -412,6 +414,8 @@ class FlickrClient:
             raise TransientError("timeout", str(error), is_unreachable=True) from None
         except ConnectionError as error:
             raise TransientError("connection", f"the answer broke off ({error})") from None
+        with self._lock:
+            self.downloaded_bytes += len(response._content)
         response._content_consumed = True
         response.raw.release_conn()
 

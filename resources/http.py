@@ -159,6 +159,7 @@ class HttpPool:
 
     Attributes:
         requests: requests sent so far.
+        downloaded_bytes: decoded bytes of the answers that were read.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class HttpPool:
         self._lock = threading.Lock()
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self.requests = 0
+        self.downloaded_bytes = 0
 
     def request(
         self,
@@ -220,6 +222,8 @@ class HttpPool:
             raise _as_builtin(error, ConnectionError) from error
         content = read_body(response, max_bytes, self._deadline_s, started)
         response.release_conn()
+        with self._lock:
+            self.downloaded_bytes += len(content)
         is_chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
         is_announced = response.headers.get("content-length", "").isdigit()
         return Answer(

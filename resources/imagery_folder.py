@@ -64,6 +64,7 @@ class ImageryFolder:
     Attributes:
         concurrency: as given; for the caller's thread pool.
         requests: chips read so far.
+        downloaded_bytes: always 0: nothing is.
     """
 
     def __init__(self, root: Path, *, concurrency: int | None = None) -> None:
@@ -72,6 +73,7 @@ class ImageryFolder:
             raise SettingsError(f"There is no folder {root}: correct GRAFT_IMAGERY_FOLDER.")
         self.concurrency = concurrency or os.cpu_count() or 1
         self.requests = 0
+        self.downloaded_bytes = 0
         self._retries = Retries(attempts=1)
         self._lock = threading.Lock()
         self._indexes: dict[Sensor, dict[str, dict[str, Any]]] = {}

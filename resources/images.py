@@ -130,6 +130,11 @@ class ImageFetcher:
         """HTTP requests made so far."""
         return self._pool.requests
 
+    @property
+    def downloaded_bytes(self) -> int:
+        """Bytes of the answers so far."""
+        return self._pool.downloaded_bytes
+
     def close(self) -> None:
         """Close idle connections; the object opens new ones if it is used again."""
         self._pool.close()

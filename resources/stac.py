@@ -96,6 +96,7 @@ class Stac:
     Attributes:
         concurrency: as given; for the caller's thread pool.
         requests: HTTP requests so far, retries included.
+        downloaded_bytes: bytes of their answers.
     """
 
     def __init__(
@@ -153,6 +154,11 @@ class Stac:
     def requests(self) -> int:
         """HTTP requests so far."""
         return self._pool.requests
+
+    @property
+    def downloaded_bytes(self) -> int:
+        """Bytes of the answers so far."""
+        return self._pool.downloaded_bytes
 
     def list_scenes(
         self,
