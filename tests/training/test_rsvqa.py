@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import rasterio
+from typer.testing import CliRunner
 
-from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.cli import app
+from graft_pipeline.errors import DataError, InputError, SettingsError
 from training.zero_shot.answering.rsvqa import open_question_set
 
 #: (image, type, question, answer) as in the published sets.
@@ -168,3 +170,44 @@ def test_a_sample_is_drawn_by_its_seed_and_asks_nothing_twice(publish):
     assert [len(some) for some in drawn] == [4, 4, 4]
     assert drawn[0] == drawn[1] != drawn[2]
     assert [of.image_id for of in drawn[0]] == sorted(of.image_id for of in drawn[0])
+
+
+def test_one_command_answers_and_puts_the_papers_table_beside(
+    publish, toy_world, paint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GRAFT_ROOT", str(tmp_path / "data"))
+    random, colours = np.random.default_rng(0), ("red", "green", "blue", "yellow")
+    rows = [(n, "presence", f"Is there a {name}?", "yes") for n, name in enumerate(colours)]
+    rows += [(n, "presence", f"Is there a {colours[n - 1]}?", "no") for n in range(4)]
+    rows += [(n, "area", f"What is the area covered by {name}s?", "6088m2") for n, name in enumerate(colours)]
+    rows += [
+        (0, "count", "How many circles with 3 corners are there?", "1"),
+        (4, "presence", "Is there a red?", "yes"),
+    ]
+    # At a metre per pixel: of the published 15 cm an image shows less than a patch of the toy encoder.
+    folder = publish("USGS", "test", rows, set(range(5)), resolution="1m")
+    for n, name in enumerate(colours):
+        (picture,) = paint([name], 512, random)
+        tiff(folder / "Data" / f"{n}.tif", np.moveaxis(picture, -1, 0), side=512)
+    words = {"templates": ["{}"], "classes": {name: [name] for name in colours}}
+    (tmp_path / "words.json").write_text(json.dumps(words))
+    command = ["evaluate", "rsvqa_hr", "--data", str(folder), "--prompts", str(tmp_path / "words.json")]
+    command += ["--contender", f"toy=folder:{toy_world.foundation}", "-o", str(tmp_path / "report")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "13 questions of 4 images scored; left out: image cannot be decoded 1" in done.output
+    saved = json.loads((tmp_path / "report" / "rsvqa_hr.json").read_text())
+    found = {name: measure["value"] for name, measure in saved["metrics"]["questions"]["toy"].items()}
+    assert (found["presence"], found["area"], found["count"]) == (1, 1, 0)
+    assert saved["unanswered"] == {"toy": {"no program": 1}}
+    assert not saved["has_prior"]
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "| ViperGPT with GRAFT (paper) | questions | 61.46 | 32.04 | 50.34 | 44.38 | 44.05 |  |" in markdown
+    )
+    assert "| toy | questions | 100.00 ± 0.00 | 100.00 ± 0.00 |  | 0.00 ± 0.00 |" in markdown
+    few = CliRunner().invoke(app, [*command, "--questions", "3"])
+    assert "3 questions of" in few.output
+    unset = CliRunner().invoke(app, [*command, "--model"])
+    assert isinstance(unset.exception, SettingsError)
+    assert "set GRAFT_ANSWER_URL" in str(unset.exception)
