@@ -724,13 +724,12 @@ def evaluate(
     questions: Annotated[
         int, typer.Option(min=0, help="Questions drawn of RSVQA, as the paper does; 0 takes all.")
     ] = 500,
-    model: Annotated[
-        bool,
+    writer: Annotated[
+        Literal["grammar", "endpoint"],
         typer.Option(
-            "--model",
-            help="The language model at GRAFT_ANSWER_URL writes every program, not the grammar of RSVQA's questions.",
+            help="Who writes the programs of RSVQA's questions: the embedded grammar, or the model of GRAFT_ANSWER_URL."
         ),
-    ] = False,
+    ] = "grammar",
     seed: Annotated[int, typer.Option(help="Of examples, questions and bootstrap resamples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
 ) -> None:
@@ -755,7 +754,7 @@ def evaluate(
             sam=sam,
             draws=draws,
             questions=questions,
-            writer=_model_writer() if model else None,
+            writer=_model_writer() if writer == "endpoint" else None,
             seed=seed,
             device=device,
             progress=lambda done, of: bars.update(task, completed=done, total=of),

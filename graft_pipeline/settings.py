@@ -196,9 +196,13 @@ class Settings(BaseSettings):
     #: Any OpenAI-compatible endpoint whose model writes programs for questions, such as http://localhost:11434/v1;
     #: unset: questions of the embedded grammar only.
     answer_url: str | None = None
+    #: Name of the model there; needed with answer_url.
     answer_model: str | None = None
+    #: Sent as bearer token, where the endpoint asks for one.
     answer_key: SecretStr | None = None
+    #: Longest program that the model may write.
     answer_max_tokens: int = Field(400, gt=0)
+    #: Limit of a whole answer of the model.
     answer_timeout_s: float = Field(60.0, gt=0)
 
     # --- pairs ---

@@ -208,6 +208,6 @@ def test_one_command_answers_and_puts_the_papers_table_beside(
     assert "| toy | questions | 100.00 ± 0.00 | 100.00 ± 0.00 |  | 0.00 ± 0.00 |" in markdown
     few = CliRunner().invoke(app, [*command, "--questions", "3"])
     assert "3 questions of" in few.output
-    unset = CliRunner().invoke(app, [*command, "--model"])
+    unset = CliRunner().invoke(app, [*command, "--writer", "endpoint"])
     assert isinstance(unset.exception, SettingsError)
     assert "set GRAFT_ANSWER_URL" in str(unset.exception)
