@@ -8,13 +8,15 @@ from datetime import UTC, datetime
 import dagster as dg
 import numpy as np
 
+from assets.keys import AREAS_KEY, FLICKR_KEY, FOUNDATION_KEY
 from assets.reporting import (
     OWNERS,
     RETRY,
     check_specs,
+    measured,
     only_transient_retries,
     report_table,
-    table_schema,
+    table_metadata,
 )
 from graft_pipeline import (
     areas,
@@ -23,6 +25,7 @@ from graft_pipeline import (
     photos,
     previews,
     purging,
+    rules,
     sampling,
     schemas,
     sheets,
@@ -40,7 +43,7 @@ from resources.scene_classifier import SceneClassifier
 from resources.storage import Storage
 
 
-def ground_asset(dataset: schemas.Dataset, **options):
+def ground_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
     """An asset of the `ground` group, partitioned by region, whose table is `dataset`."""
     make = dg.asset(
         name=dataset.name,
@@ -48,11 +51,11 @@ def ground_asset(dataset: schemas.Dataset, **options):
         owners=OWNERS,
         partitions_def=REGION_PARTITIONS,
         backfill_policy=dg.BackfillPolicy.multi_run(),
-        metadata={"dagster/column_schema": table_schema(dataset)},
-        check_specs=check_specs([dataset.name]),
+        metadata=table_metadata(dataset),
+        check_specs=check_specs([dataset.name], *rules_of_data),
         **options,
     )
-    return lambda function: make(only_transient_retries(function))
+    return lambda function: make(only_transient_retries(measured(function)))
 
 
 class FlickrPhotosConfig(dg.Config):
@@ -70,29 +73,47 @@ class FetchConfig(dg.Config):
 
 
 @ground_asset(
-    schemas.SEARCH_LOCATIONS, deps=["regions"], code_version=code_version(sampling), kinds={"parquet"}
+    schemas.SEARCH_LOCATIONS,
+    "not_empty",
+    deps=["regions", AREAS_KEY],
+    code_version=code_version(sampling),
+    kinds={"parquet"},
 )
 def search_locations(
     context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
 ) -> dg.MaterializeResult:
     """Points sampled uniformly on the ground of the region that registered areas cover."""
     region = Region.parse(context.partition_key, world.grid_deg)
+    area = areas.union(areas.list_areas(storage.areas_folder))
     table = sampling.sample_locations(
         region,
-        areas.union(areas.list_areas(storage.areas_folder)),
+        area,
         world.search_locations_per_region,
         world.search_radius_km,
         world.seed,
     )
     changed = storage.write(schemas.SEARCH_LOCATIONS, table, region=region.key)
-    where = {"search locations": (table["lon_deg"].to_numpy(), table["lat_deg"].to_numpy())}
-    picture = previews.scatter_map(where, title=f"Search locations of {region.key}", bounds=region.bounds)
-    return report_table(schemas.SEARCH_LOCATIONS, table, changed=changed, picture=picture)
+    picture = previews.scatter_map(
+        {"search locations": (table["lon_deg"].to_numpy(), table["lat_deg"].to_numpy())},
+        title=f"Search locations of {region.key}",
+        bounds=region.bounds,
+        discs_km=world.search_radius_km,
+        area=area.intersection(region.polygon),
+    )
+    advice = "no registered area covers this region, so nothing is searched: register one (graft areas add FILE)"
+    return report_table(
+        schemas.SEARCH_LOCATIONS,
+        table,
+        changed=changed,
+        findings=[rules.not_empty(table, advice)],
+        picture=picture,
+    )
 
 
 @ground_asset(
     schemas.FLICKR_PHOTOS,
-    deps=[search_locations, dg.AssetKey(["flickr", "photos_search"])],
+    "not_empty",
+    deps=[search_locations, FLICKR_KEY],
     code_version=code_version(photos),
     kinds={"parquet", "flickr"},
     pool="flickr",
@@ -111,7 +132,7 @@ def flickr_photos(
     known = storage.read(schemas.FLICKR_PHOTOS, region=region.key)
     locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
     since = photos.search_from(known, world.uploaded_from, full_refresh=config.full_refresh)
-    calls, unfinished = flickr.calls, Unfinished(storage.folder(schemas.FLICKR_PHOTOS, region=region.key))
+    unfinished = Unfinished(storage.folder(schemas.FLICKR_PHOTOS, region=region.key))
     report = progress.task(f"{region.key} Flickr search")
     raw = photos.search_all(
         locations, flickr.search, since, datetime.now(UTC), unfinished, flickr.filters, report
@@ -124,13 +145,16 @@ def flickr_photos(
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
     unfinished.close()
     where = photos.by_status(table)
+    advice = "Flickr has no photo around the search locations: look at their map, and at uploaded_from"
     return report_table(
         schemas.FLICKR_PHOTOS,
         table,
         changed=changed,
+        findings=[rules.not_empty(table, advice)],
         picture=previews.scatter_map(where, title=f"Photos of {region.key}", bounds=region.bounds),
         searched_from=since.isoformat(),
-        flickr_calls=flickr.calls - calls,
+        is_first_search=known.num_rows == 0,
+        photos_per_day=photos.upload_rate(table, datetime.now(UTC)),
         new_photos=table.num_rows - known.num_rows,
         outside_region=found.outside_region,
         purged_records_kept_out=found.table.num_rows - wanted.num_rows,
@@ -139,7 +163,8 @@ def flickr_photos(
 
 @ground_asset(
     schemas.GROUND_IMAGES,
-    deps=[flickr_photos],
+    "failure_share",
+    deps=[flickr_photos, FLICKR_KEY],
     code_version=code_version(ground_images),
     kinds={"webdataset"},
     retry_policy=RETRY,
@@ -166,12 +191,15 @@ def ground_images_asset(
     )
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)
     picture = sheets.image_sheet(table, folder, seed=world.seed)
-    return report_table(schemas.GROUND_IMAGES, table, changed=changed, picture=picture)
+    findings = [rules.failure_share(table)]
+    return report_table(
+        schemas.GROUND_IMAGES, table, changed=changed, findings=findings, picture=picture
+    )
 
 
 @ground_asset(
     schemas.GROUND_EMBEDDINGS,
-    deps=[ground_images_asset, dg.AssetKey(["openclip", "foundation"])],
+    deps=[ground_images_asset, FOUNDATION_KEY],
     code_version=code_version(embeddings),
     kinds={"parquet", "pytorch"},
     pool="gpu",
@@ -221,12 +249,14 @@ def outdoor_photos(
     )
     changed = storage.write(schemas.OUTDOOR_PHOTOS, table, region=key)
     picture = sheets.outdoor_sheet(images, table, folder, seed=world.seed)
+    scores = table["outdoor_score"].to_numpy()
     share = float(np.mean(table["is_outdoor"].to_numpy(zero_copy_only=False))) if table.num_rows else 0.0
     return report_table(
         schemas.OUTDOOR_PHOTOS,
         table,
         changed=changed,
         picture=picture,
+        pictures={"scores": previews.histograms({"outdoor score": scores}, title=f"{key}: outdoor scores")},
         outdoor_share=share,
         classifier=scene_classifier.classifier_id,
     )

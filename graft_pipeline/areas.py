@@ -207,6 +207,21 @@ def list_areas(folder: "UPath") -> list[Area]:
     return areas
 
 
+def areas_fingerprint(folder: "UPath") -> str | None:
+    """What tells one state of the registered areas from another.
+
+    Args:
+        folder: folder of areas in the storage root; need not exist.
+
+    Returns:
+        Hash of the files' names and contents; None without areas.
+    """
+    from graft_pipeline.provenance import fingerprint
+
+    files = {path.name: path.read_bytes() for path in folder.glob("*.geojson")} if folder.exists() else {}
+    return fingerprint(files) if files else None
+
+
 def union(areas: Sequence[Area]) -> "BaseGeometry":
     """The ground that areas cover together.
 

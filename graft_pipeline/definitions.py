@@ -27,7 +27,7 @@ from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_pl
 from assets.planet import build_planet_assets, planet_foundation
 from assets.search import build_search_assets
 from assets.sensors import build_sensor_assets
-from graft_pipeline.automation import build_jobs
+from graft_pipeline.automation import build_jobs, build_schedules, build_sensors, with_conditions
 from graft_pipeline.errors import SettingsError
 from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.progress import LogProgress
@@ -160,13 +160,17 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     }
     if unknown := set(overrides) - set(resources):
         raise SettingsError(f"No resource {', '.join(sorted(unknown))}: override {', '.join(resources)}.")
+    jobs = build_jobs(
+        [sensor.name for sensor in sensors],
+        has_scores=has_truth,
+        has_maps=has_truth or bool(settings.concepts),
+    )
+    jobs_by_name = {job.name: job for job in jobs}
     return dg.Definitions(
-        assets=assets,
-        jobs=build_jobs(
-            [sensor.name for sensor in sensors],
-            has_scores=has_truth,
-            has_maps=has_truth or bool(settings.concepts),
-        ),
+        assets=with_conditions(assets),
+        jobs=jobs,
+        schedules=build_schedules(settings, jobs_by_name),
+        sensors=build_sensors(settings, jobs_by_name),
         resources={**resources, **overrides},
         # One process a run: a region is minutes of work in threads, and its world opens once.
         executor=dg.in_process_executor,

@@ -331,6 +331,24 @@ def watermark(table: pa.Table) -> datetime | None:
     return None if latest is None else latest.astimezone(UTC)
 
 
+def upload_rate(table: pa.Table, now: datetime) -> float:
+    """How many photos were uploaded a day in the last year.
+
+    Args:
+        table: FLICKR_PHOTOS rows.
+        now: the present, with time zone.
+
+    Returns:
+        Photos a day, whatever became of them.
+    """
+    if table.num_rows == 0:
+        return 0.0
+    recent = pc.greater(
+        table["uploaded_at_utc"], pa.scalar(now - timedelta(days=365), pa.timestamp("us", "UTC"))
+    )
+    return float(pc.sum(recent).as_py() or 0) / 365
+
+
 def search_from(known: pa.Table, uploaded_from: str, *, full_refresh: bool = False) -> datetime:
     """First upload time that a search has to ask for.
 
