@@ -39,6 +39,8 @@ class TilePainter:
         self._world = world
         self._tiles: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
+        # One tile is painted at a time: whoever serves them has other work that should not wait.
+        self._painting = threading.Lock()
 
     def tile(self, z: int, x: int, y: int) -> bytes:
         """One tile.
@@ -57,18 +59,27 @@ class TilePainter:
         if not ZOOMS[0] <= z <= ZOOMS[1] or not (0 <= x < 2**z and 0 <= y < 2**z):
             raise InputError(f"No tile {z}/{x}/{y}: ask for zoom levels {ZOOMS[0]} to {ZOOMS[1]}.")
         key = (z, x, y)
-        with self._lock:
-            if key in self._tiles:
-                self._tiles.move_to_end(key)
-                return self._tiles[key]
-        buffer = io.BytesIO()
-        Image.fromarray(self._pixels(z, x, y)).save(buffer, "PNG", compress_level=3)
-        made = buffer.getvalue()
+        kept = self._kept(key)
+        if kept is not None:
+            return kept
+        with self._painting:
+            kept = self._kept(key)
+            if kept is not None:
+                return kept
+            buffer = io.BytesIO()
+            Image.fromarray(self._pixels(z, x, y)).save(buffer, "PNG", compress_level=3)
+            made = buffer.getvalue()
         with self._lock:
             self._tiles[key] = made
             while len(self._tiles) > _KEPT:
                 self._tiles.popitem(last=False)
         return made
+
+    def _kept(self, key: tuple[int, int, int]) -> bytes | None:
+        with self._lock:
+            if key in self._tiles:
+                self._tiles.move_to_end(key)
+            return self._tiles.get(key)
 
     def _pixels(self, z: int, x: int, y: int) -> NDArray[np.uint8]:
         """(256, 256, 3) RGB."""

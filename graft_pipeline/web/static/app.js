@@ -630,6 +630,10 @@ function showDetail(tile) {
   $("panel").scrollTop = 0;
   back.focus({ preventScroll: true });
   tileLayer.clearLayers();
+  if (!state.about.basemap) {
+    // In its own projection a chip is turned by a degree or so against the map: near enough to look at.
+    L.imageOverlay(`${tilePath(tile.region, tile.tile_id)}/chip.jpg`, L.latLngBounds(tile.chip_ring)).addTo(tileLayer);
+  }
   L.polygon(tile.footprint_ring, { color: "#14324a", weight: 3, fill: false, interactive: false }).addTo(tileLayer);
   photos.forEach((photo) => {
     const [south, , north] = tile.chip_ring, along = photo.col_px / px, down = photo.row_px / px;
@@ -699,6 +703,9 @@ async function start() {
     const [least, greatest] = about.basemap.zooms;
     L.tileLayer(about.basemap.url, {
       minZoom: least, maxNativeZoom: greatest, maxZoom: 19, updateWhenZooming: false, keepBuffer: 1,
+    }).on("tileloadstart", ({ tile }) => {
+      // Between zoom levels tiles are scaled, and light shines through their seams: let them overlap.
+      tile.style.width = tile.style.height = "257px";
     }).addTo(map);
     if (about.basemap.attribution) {
       // Leaflet takes markup here.
