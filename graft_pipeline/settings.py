@@ -298,6 +298,15 @@ class Settings(BaseSettings):
             raise ValueError("GRAFT_ANSWER_URL needs GRAFT_ANSWER_MODEL, a model of that endpoint")
         return self
 
+    @model_validator(mode="after")
+    def _a_grid_has_a_sensor(self) -> "Settings":
+        unknown = sorted(set(self.grid_stride_m) - set(self.sensor_records)) if self.grid_stride_m else []
+        if unknown:
+            raise ValueError(
+                f"GRAFT_GRID_STRIDE_M names {', '.join(unknown)}: use sensors of {', '.join(self.sensor_records)}"
+            )
+        return self
+
     @property
     def is_planet(self) -> bool:
         """Whether this deployment talks to the embedded planet."""

@@ -1,11 +1,9 @@
 """A small area from photos and a grid to its search index and concept maps, in one deployment on the planet."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import geopandas
@@ -14,8 +12,10 @@ import pyarrow.compute as pc
 import pytest
 import rasterio
 import shapely
+from typer.testing import CliRunner
 
 from graft_pipeline import schemas
+from graft_pipeline.cli import app
 from graft_pipeline.grid import grid_sensor
 from graft_pipeline.imagery import NAIP
 from graft_pipeline.search import Filters, SearchIndex
@@ -104,16 +104,16 @@ def test_scores_hold_maps_to_the_truth_and_one_model_to_itself(mapped: Any) -> N
     assert by_contender["chance"]["correlation"] == 0
 
 
-def test_the_command_line_maps_a_part_of_it(mapped: Any, tmp_path: Any) -> None:
+def test_the_command_line_maps_a_part_of_it(
+    mapped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     half = geopandas.GeoSeries([shapely.box(*AREA[:2], -71.42, AREA[3])], crs="EPSG:4326")
     half.to_file(tmp_path / "half.geojson")
-    command = [sys.executable, "-m", "graft_pipeline.cli", "map", "forest", "--area", "half.geojson"]
-    command += ["--cell-km", "1", "-o", "west.parquet"]
-    environment = os.environ | {"GRAFT_ROOT": str(mapped.storage.root), "COLUMNS": "200"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("GRAFT_ROOT", str(mapped.storage.root))
+    # In this process, which has loaded torch already.
+    words = ["map", "forest", "--area", str(tmp_path / "half.geojson"), "--cell-km", "1"]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "west.parquet")], catch_exceptions=False)
+    assert done.exit_code == 0
     assert "forest" in done.stdout
     frame = geopandas.read_parquet(tmp_path / "west.parquet")
     index = SearchIndex.open(mapped.storage.root, "naip")
