@@ -164,6 +164,7 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         [sensor.name for sensor in sensors],
         has_scores=has_truth,
         has_maps=has_truth or bool(settings.concepts),
+        gridded=settings.grid_stride_m,
     )
     jobs_by_name = {job.name: job for job in jobs}
     return dg.Definitions(
