@@ -9,12 +9,13 @@ export DAGSTER_DISABLE_TELEMETRY = yes
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help install demo ui test test-browser lint format audit docs bench clean
+.PHONY: help install demo ui serve test test-browser lint format audit docs bench clean
 
 help:
 	@echo "make demo [SEED=7]   the whole pipeline on the embedded planet, some minutes; then open demo/report.html"
 	@echo "make ui              the Dagster UI on what the demo made"
-	@echo "make test            the tests;  make test-browser: the UI in a headless Chromium"
+	@echo "make serve           the search page on what the demo made"
+	@echo "make test            the tests;  make test-browser: UI and search page in a headless Chromium"
 	@echo "make lint | format   ruff and mypy; lint also checks that dependencies are the pinned ones"
 	@echo "make audit           known vulnerabilities of the pinned dependencies (asks the advisories' database)"
 	@echo "make docs            the documentation, build/site/index.html"
@@ -34,6 +35,10 @@ ui: $(READY)
 	@test -f $(DEMO)/settings.env || (echo "No demo here yet: run make demo first." && exit 2)
 	GRAFT_ENV_FILE=$(abspath $(DEMO))/settings.env DAGSTER_HOME=$(abspath $(DEMO))/dagster_home \
 		$(BIN)/dagster dev -w workspace.yaml
+
+serve: $(READY)
+	@test -f $(DEMO)/settings.env || (echo "No demo here yet: run make demo first." && exit 2)
+	GRAFT_ENV_FILE=$(abspath $(DEMO))/settings.env $(BIN)/graft serve
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not browser" -n auto --maxprocesses 4 --dist loadfile $(ARGS)

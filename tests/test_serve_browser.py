@@ -12,9 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from upath import UPath
-
-from graft_pipeline import search_index
 
 pytestmark = pytest.mark.browser
 #: Where screenshots go for people to look at; nowhere unless set.
@@ -26,8 +23,6 @@ PATIENCE_MS = 60_000
 @pytest.fixture(scope="module")
 def url(demo_folder: Path) -> Iterator[str]:
     """Where `graft serve` answers, on the demo's data."""
-    environment = dict(line.split("=", 1) for line in (demo_folder / "settings.env").read_text().splitlines())
-    search_index.update(UPath(environment["GRAFT_ROOT"]), "naip")
     command = [sys.executable, "-m", "graft_pipeline.cli", "serve", "--port", "0"]
     variables = os.environ | {"GRAFT_ENV_FILE": str(demo_folder / "settings.env"), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as server:

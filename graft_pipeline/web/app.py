@@ -111,7 +111,7 @@ def create_app(
         An ASGI application; it answers GET only and changes nothing.
     """
     pages = _Pages(root, index, sensor, encode_text, grid_deg, basemap or Basemap(), shows_copies, max_points)
-    hosts = [*LOOPBACK[:2]] if host in LOOPBACK else ["*"]
+    hosts = [*LOOPBACK] if host in LOOPBACK else ["*"]
     return Starlette(
         routes=[
             Route("/", pages.page),

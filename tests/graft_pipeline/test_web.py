@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ from upath import UPath
 from graft_pipeline import search_index
 from graft_pipeline.chips import encode
 from graft_pipeline.embeddings import to_column
-from graft_pipeline.errors import SettingsError
+from graft_pipeline.errors import ServiceError, SettingsError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import NAIP
 from graft_pipeline.manifests import partition_file, partition_folder, write_table
@@ -37,6 +40,7 @@ from graft_pipeline.search import SearchIndex
 from graft_pipeline.settings import load_settings
 from graft_pipeline.shards import ShardWriter
 from graft_pipeline.web.app import Basemap, create_app
+from graft_pipeline.web.server import run
 from resources.storage import Storage
 
 REGIONS = ("N42W071", "N42W072")
@@ -460,3 +464,18 @@ def test_a_base_map_needs_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             load_settings()
     monkeypatch.setenv("GRAFT_BASEMAP_URL", "https://maps.example.org/v1/{z}/{x}/{y}@2x.png?key=k")
     assert load_settings().basemap_url is not None
+
+
+def test_without_an_index_the_command_says_what_to_materialise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graft_pipeline.cli", "serve", "--port", "0"]
+    variables = os.environ | {"GRAFT_ROOT": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "naip/search_index" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_told(made: SimpleNamespace) -> None:
+    port = int(made.real.rpartition(":")[2])
+    with pytest.raises(ServiceError, match="--port"):
+        run(app_of(made.root), "127.0.0.1", port, on_ready=pytest.fail)
