@@ -45,6 +45,8 @@ CARRIED = (
     "pairs",
     "chip_embeddings",
 )
+#: As well, but once an hour: they read all regions.
+OF_ALL_REGIONS = ("search_index", "concept_maps")
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
 
@@ -465,11 +467,11 @@ def with_conditions(assets: Iterable[Any]) -> list[Any]:
         assets: all assets of the deployment.
 
     Returns:
-        The same, those of `CARRIED` with a condition.
+        The same, those of `CARRIED` and `OF_ALL_REGIONS` with a condition.
     """
 
     def conditioned(spec: dg.AssetSpec) -> dg.AssetSpec:
-        if spec.key.path[-1] not in CARRIED:
+        if spec.key.path[-1] not in (*CARRIED, *OF_ALL_REGIONS):
             return spec
         return spec.replace_attributes(automation_condition=on_changed_data(spec.key.path[-1]))
 
@@ -477,16 +479,40 @@ def with_conditions(assets: Iterable[Any]) -> list[Any]:
 
 
 def on_changed_data(name: str) -> dg.AutomationCondition[Any]:
-    """Made anew when the data version of an input changed, once the inputs are all there and at rest."""
+    """When an asset is made anew: the data version of an input changed, or an input is about to be made anew.
+
+    So one run makes everything in a region that lies downstream of the change. It waits until the inputs are all there
+    and nothing of them is being made.
+
+    Args:
+        name: of the asset, without its sensor.
+
+    Returns:
+        The condition.
+    """
     condition = dg.AutomationCondition
-    handled = condition.newly_requested()
-    if name != "chip_embeddings":
-        # Within a region's run these follow their inputs already. Embeddings do not, and one that was made while its
-        # encoder was being replaced must be made once more.
-        handled |= condition.newly_updated()
+    changed = condition.data_version_changed()
+    if name in OF_ALL_REGIONS:
+        # Some region is always in progress somewhere: not at rest, but once an hour.
+        return (
+            condition.any_deps_match(changed).since(condition.newly_requested())
+            & condition.cron_tick_passed("0 * * * *")
+            & ~condition.in_progress()
+        ).with_label("on_changed_data_hourly")
+    # Within a region's own run assets follow their inputs already.
+    handled = condition.newly_requested() | condition.newly_updated()
+    trigger: dg.AutomationCondition[Any] = condition.any_deps_match(changed | condition.will_be_requested())
+    if name == "chip_embeddings":
+        # What was embedded while its encoder was being replaced has to be embedded once more.
+        encoder = dg.AssetSelection.key_substring("image_encoder")
+        replaced = condition.any_deps_match(changed).allow(encoder).since(condition.newly_requested())
+        trigger = trigger.ignore(encoder).since(handled) | replaced  # type: ignore[attr-defined]
+    else:
+        trigger = trigger.since(handled)
     return (
-        condition.any_deps_match(condition.data_version_changed()).since(handled)
-        & ~condition.any_deps_missing()
+        trigger
+        # External assets are never made here, and so always missing.
+        & ~condition.any_deps_missing().allow(dg.AssetSelection.all())
         & ~condition.any_deps_in_progress()
         & ~condition.in_progress()
     ).with_label("on_changed_data")
