@@ -1,4 +1,4 @@
-"""`graft demo`: the whole asset graph on the embedded planet, run as real Dagster runs on a local instance.
+"""`graft demo`, `graft collect`: the asset graph on the embedded planet, as real Dagster runs on a local instance.
 
 It only presses the buttons a person would press in the UI, in order, and times them; every result comes from assets.
 """
@@ -28,13 +28,15 @@ from rich.progress import (
 )
 
 from graft_pipeline import automation
-from graft_pipeline.errors import GraftError
+from graft_pipeline.errors import GraftError, InputError
 from graft_pipeline.progress import Report
 
 #: Land of the demo in every planet: 4 regions of a quarter degree, within one UTM zone.
 AREA = {"west": -70.5, "south": 42.0, "east": -70.0, "north": 42.5}
 #: Land that is only ever evaluated on, more than 50 km away.
 BENCHMARK_BOUNDS = (-70.5, 43.0, -69.5, 43.75)
+#: Regions that are collected here at most, one after the other; more are a deployment's backfill.
+MAX_REGIONS = 50
 #: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes.
 LEVELS = {"naip": ("image", "pixel"), "sentinel2": ("image",)}
 SCORES_OF = {"image": ("zero_shot_scores",), "pixel": ("segmentation_scores", "questions", "question_scores")}
@@ -131,12 +133,24 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     Raises:
         GraftError: if the folder holds something that no demo made, or cannot be made.
     """
+    if (folder / "settings.env").exists():
+        shutil.rmtree(folder)
+    environment = _lay_out(folder, seed, is_small=is_small)
+    east, north = AREA["east"], 42.25 if is_small else AREA["north"]
+    # Half a region's border inside, so that the corners touch no other region.
+    west, south, east, north = AREA["west"] + 0.01, AREA["south"] + 0.01, east - 0.01, north - 0.01
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (folder / "area.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    return environment
+
+
+def _lay_out(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
+    """Make a new deployment's folder: Dagster's home and the settings file, whose variables are returned."""
     home = folder / "dagster_home"
     try:
         if folder.exists() and any(folder.iterdir()):
-            if not (folder / "settings.env").exists():
-                raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
-            shutil.rmtree(folder)
+            raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
         home.mkdir(parents=True)
     except OSError as error:
         raise GraftError(
@@ -146,13 +160,28 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     shutil.copyfile(source, home / "dagster.yaml")
     environment = demo_environment(folder, seed, is_small=is_small)
     (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
-    east, north = AREA["east"], 42.25 if is_small else AREA["north"]
-    # Half a region's border inside, so that the corners touch no other region.
-    west, south, east, north = AREA["west"] + 0.01, AREA["south"] + 0.01, east - 0.01, north - 0.01
-    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
-    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
-    (folder / "area.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
     return environment
+
+
+def _enter(folder: Path) -> None:
+    """Make this process one of the deployment in a folder; its log lines go to the instance only."""
+    os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
+    os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
+    # Log lines are in the instance; here they would tear the bars. With a handler on the root logger, no library
+    # adds one that prints.
+    logging.getLogger("dagster").setLevel(logging.CRITICAL)
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 class Runner:
@@ -206,12 +235,7 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
     console = Console()
     environment = prepare(folder, seed, is_small=is_small)
     os.environ.update(environment)
-    os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
-    os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
-    # Log lines are in the instance; here they would tear the bars. With a handler on the root logger, no library
-    # adds one that prints.
-    logging.getLogger("dagster").setLevel(logging.CRITICAL)
-    logging.getLogger().addHandler(logging.NullHandler())
+    _enter(folder)
 
     from graft_pipeline import areas
     from graft_pipeline.definitions import build_defs
@@ -224,14 +248,7 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
     settings = load_settings()
     storage = Storage(settings.root)
     areas.register_area(storage.areas_folder, areas.read_area(folder / "area.geojson", name="demo"))
-    bars = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    bars = _bars(console)
     sensors = list(settings.sensor_records)
     started = time.perf_counter()
     with (
@@ -282,6 +299,84 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
     )
     _print_scores(console, scores, folder)
     return scores
+
+
+def collect_area(
+    folder: Path, file: Path, *, name: str | None = None, where: str | None = None, seed: int = 0
+) -> list[str]:
+    """Collect an area of the user's own into a demo's folder, from search to pairs, here and now.
+
+    Where the folder has encoders, its chips are embedded too, and the index for search is made anew.
+
+    Args:
+        folder: a demo's folder, of any seed; made without a demo if there is none.
+        file: any vector file of polygons.
+        name: of the area; default: the file's.
+        where: which features of the file, in SQL.
+        seed: planet of a new folder.
+
+    Returns:
+        Keys of the area's regions.
+
+    Raises:
+        InputError: if the file holds no usable area, or one of too many regions.
+        GraftError: if the folder holds something that no demo made, or whatever stopped a step.
+    """
+    from graft_pipeline import areas, schemas
+    from graft_pipeline.definitions import build_defs
+    from graft_pipeline.regions import regions_touching
+    from graft_pipeline.settings import load_settings
+    from resources.storage import Storage
+    from resources.world import open_world
+
+    console = Console()
+    area = areas.read_area(file, name=name, where=where)
+    if not (folder / "settings.env").exists():
+        _lay_out(folder, seed, is_small=False)
+    _enter(folder)
+    settings = load_settings()
+    storage, sensors = Storage(settings.root), list(settings.sensor_records)
+    keys = [region.key for region in regions_touching(area.geometry, settings.grid_deg)]
+    if len(keys) > MAX_REGIONS:
+        raise InputError(
+            f"{file} touches {len(keys)} regions, and {MAX_REGIONS} at most are collected here: take a smaller area, "
+            "or backfill collect_region in a deployment (docs/operations.md)."
+        )
+    areas.register_area(storage.areas_folder, area)
+    with (
+        open_world(settings) as world,
+        dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance,
+        _bars(console) as bars,
+    ):
+        if world.planet.url:
+            os.environ["GRAFT_PLANET__URL"] = world.planet.url
+        definitions = build_defs(settings, progress=RichProgress(bars))
+        graph = definitions.resolve_asset_graph()
+        runner = Runner(definitions, instance)
+        runner.materialise(dg.AssetKey("regions"))
+        made_here = [("openclip", "foundation"), ("torchvision", "scene_classifier")]
+        wanted = [settings.is_planet, settings.uses_planet_scenes]
+        for path, is_wanted in zip(made_here, wanted, strict=True):
+            key = dg.AssetKey(path)
+            if is_wanted and instance.get_latest_materialization_event(key) is None:
+                runner.materialise(key)
+        encoded = [
+            sensor
+            for sensor in sensors
+            if (storage.models_folder / f"sensor={sensor}" / "image_encoder" / "encoder").exists()
+        ]
+        everything = bars.add_task(f"Regions of {area.name}, from search to pairs", total=len(keys))
+        for key in keys:
+            embeddings = automation.keys_of(encoded, ["chip_embeddings"])
+            runner.materialise(*automation.region_keys(sensors), *embeddings, partition=key)
+            bars.advance(everything)
+        index = [key for key in automation.keys_of(encoded, ["search_index"]) if graph.has(key)]
+        if index:
+            runner.materialise(*index)
+    for sensor in sensors:
+        pairs = [storage.read(schemas.PAIRS, sensor=sensor, region=key).num_rows for key in keys]
+        console.print(f"{sensor}: {sum(pairs):,} pairs of photo and satellite image in {len(keys)} regions")
+    return keys
 
 
 def _print_scores(console: Console, scores: dict[str, Any], folder: Path) -> None:
