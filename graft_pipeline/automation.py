@@ -5,9 +5,12 @@ is decided in incremental.py, of which this is the side that talks to Dagster's 
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -19,6 +22,7 @@ from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._core.utils import make_new_backfill_id
 
 from graft_pipeline import areas, incremental
+from graft_pipeline.errors import InputError, SettingsError
 from graft_pipeline.incremental import Budget, Choice, RegionState
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.provenance import fingerprint
@@ -105,7 +109,9 @@ def build_jobs(
     if grids := keys_of(gridded, ["grid_chips", "grid_embeddings"]):
         jobs.append(
             dg.define_asset_job(
-                "grid_region", select(*grids), description="Chips and embeddings of one region's regular grid."
+                "grid_region",
+                select(*grids),
+                description="Chips and embeddings of one region's regular grid.",
             )
         )
     if has_maps:
@@ -521,12 +527,58 @@ def on_changed_data(name: str) -> dg.AutomationCondition[Any]:
 # --- backfills ---
 
 
+@contextmanager
+def deployed_instance() -> Iterator[dg.DagsterInstance]:
+    """The instance of DAGSTER_HOME.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    home = os.environ.get("DAGSTER_HOME", "")
+    if not Path(home).is_dir() or not Path(home).is_absolute():
+        raise SettingsError(
+            f"DAGSTER_HOME is {home!r}: set it to the absolute path of the folder with the deployment's dagster.yaml."
+        )
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+def regions_of(storage: "Storage", names: Sequence[str], grid_deg: float) -> set[str]:
+    """Keys of the regions that registered areas touch, partitions already or not.
+
+    Args:
+        storage: of the deployment.
+        names: areas; none: all.
+        grid_deg: side of the grid's cells, degrees.
+
+    Raises:
+        InputError: if there is no such area, or none at all.
+    """
+    registered = areas.list_areas(storage.areas_folder)
+    wanted = {areas.area_name(name) for name in names}
+    unknown = sorted(wanted - {area.name for area in registered})
+    if unknown or not registered:
+        known = ", ".join(area.name for area in registered) or "none"
+        raise InputError(
+            f"No area {', '.join(unknown) or 'at all'} is registered (known: {known}): run graft areas add FILE."
+        )
+    some = [area for area in registered if not wanted or area.name in wanted]
+    return set(areas.regions_table(some, grid_deg)["region"].to_pylist())
+
+
+def register_regions(instance: dg.DagsterInstance, definitions: dg.Definitions) -> None:
+    """Make the regions of all registered areas partitions: a run of `register_regions` in this process."""
+    definitions.resolve_job_def("register_regions").execute_in_process(
+        instance=instance, run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+    )
+
+
 def launch_backfill(
     instance: dg.DagsterInstance,
     definitions: dg.Definitions,
     sensors: Iterable[str],
     regions: Collection[str],
-    tags: Mapping[str, str],
+    names: Sequence[str],
     title: str,
 ) -> str:
     """Request a backfill of regions, from search to pairs; Dagster's daemon takes it up.
@@ -536,7 +588,7 @@ def launch_backfill(
         definitions: of the deployment.
         sensors: names of its sensors.
         regions: keys of region partitions.
-        tags: of its runs.
+        names: areas that were asked for, as tags of its runs.
         title: shown in the UI.
 
     Returns:
@@ -548,7 +600,7 @@ def launch_backfill(
         partition_names=sorted(regions),
         asset_selection=region_keys(sensors),
         backfill_timestamp=datetime.now(UTC).timestamp(),
-        tags=dict(tags),
+        tags={"graft/reason": "backfill", **{f"graft/area/{name}": "true" for name in names}},
         dynamic_partitions_store=instance,
         all_partitions=False,
         title=title,

@@ -771,6 +771,115 @@ def evaluate(
 
 
 @app.command()
+def backfill(
+    area: Annotated[
+        list[str] | None,
+        typer.Option(help="Registered area whose regions are meant; repeatable. Default: all."),
+    ] = None,
+    stale_days: Annotated[
+        float, typer.Option(min=0, help="Leave out regions that were searched within so many days.")
+    ] = 30.0,
+    max_regions: Annotated[
+        int | None, typer.Option(min=1, help="So many at most: the missing ones, then those with most news.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be collected.")] = False,
+) -> None:
+    """Collect regions that are missing, failed or stale: a backfill for Dagster's daemon, one run a region."""
+    from datetime import UTC, timedelta
+
+    from graft_pipeline import automation, incremental
+    from graft_pipeline.definitions import build_defs
+    from graft_pipeline.settings import load_settings
+
+    settings, storage = load_settings(), _storage()
+    sensors = list(settings.sensor_records)
+    with automation.deployed_instance() as instance, storage.explained():
+        wanted = automation.regions_of(storage, area or [], settings.grid_deg)
+        definitions = build_defs(settings)
+        new = wanted - set(instance.get_dynamic_partitions("region"))
+        if new and not dry_run:
+            automation.register_regions(instance, definitions)
+        states = [
+            *(state for state in automation.region_states(instance, sensors) if state.key in wanted - new),
+            *(incremental.RegionState(key) for key in new),
+        ]
+        choices = incremental.to_backfill(
+            states,
+            datetime.now(UTC),
+            stale=timedelta(days=stale_days),
+            locations=settings.search_locations_per_region,
+            limit=max_regions,
+        )
+        counts = [f"{sum(c.reason == r for c in choices)} {r}" for r in ("missing", "failed", "stale")]
+        busy = sum(state.is_busy for state in states)
+        _table(
+            f"{len(choices)} of {len(states)} regions ({', '.join(counts)}; {busy} busy already)",
+            ["region", "why", "expected Flickr calls"],
+            [[c.key, c.reason, c.calls] for c in choices[:20]],
+        )
+        if len(choices) > 20:
+            typer.echo(f"... and {len(choices) - 20} more.")
+        if not choices:
+            return
+        pace = incremental.hours(choices, settings.flickr_calls_per_hour)
+        typer.echo(f"About {sum(c.calls for c in choices):,} Flickr calls: {pace:.1f} hours at the quota.")
+        if dry_run:
+            return
+        title = (
+            f"graft backfill {' '.join(f'--area {name}' for name in area or [])} --stale-days {stale_days:g}"
+        )
+        backfill_id = automation.launch_backfill(
+            instance, definitions, sensors, [c.key for c in choices], area or [], " ".join(title.split())
+        )
+        typer.echo(
+            f"Backfill {backfill_id} is requested. Dagster's daemon takes it up (dagster dev, or dagster-daemon run); "
+            f"watch it in the UI at /runs/b/{backfill_id}, or say graft backfill again: it leaves out what is busy."
+        )
+
+
+@app.command()
+def trace(
+    item: Annotated[str, typer.Argument(help="Id of a tile (naip-123) or of a photo (123).")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Page to write, with the pictures: FILE.html or FILE.md."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--open", help="Open the page, written to trace.html by default.")
+    ] = False,
+) -> None:
+    """Print everything about one tile or photo: its rows and files, every step's materialisation, its checks."""
+    import os
+
+    from rich.console import Console
+
+    from graft_pipeline import trace as tracing
+    from graft_pipeline.settings import load_settings
+
+    page = output or (Path("trace.html") if show else None)
+    storage = _storage()
+    with storage.explained():
+        found = tracing.trace(storage.root, item)
+        steps = []
+        if os.environ.get("DAGSTER_HOME"):
+            import dagster as dg
+
+            from assets.history import history
+
+            with dg.DagsterInstance.get() as instance:
+                steps = history(instance, found)
+        if page is not None:
+            sensors = load_settings().sensor_records.values()
+            crops = {sensor.name: sensor.crop_px for sensor in sensors}
+            tracing.write_page(page, found, steps, tracing.pictures(storage.root, found, crops))
+    Console(width=None if sys.stdout.isatty() else 200).print(tracing.tree(found, steps))
+    if page is not None:
+        typer.echo(f"Written to {page}")
+    if show:
+        typer.launch(str(page))
+
+
+@app.command()
 def status() -> None:
     """Show what is materialised per region, and what failed."""
     from graft_pipeline.status import region_status
