@@ -48,17 +48,18 @@ _RELATION = re.compile(
 _ANY_RELATION = re.sub(r"\?P<\w+>", "?:", _RELATION.pattern)
 _IMAGE = r"(?:the |this )?(?:image|picture|photo|scene|map|chip|tile)"
 _PART = re.compile(
-    rf"(?:\b{_BE} )*\b(?:in|on|at) the (?P<part>(?:{'|'.join(PARTS)}|middle|centre|top|bottom|left|right)"
+    rf"(?:\b{_BE} )*\b(?:in|on|at) the (?P<part>(?:{'|'.join(PARTS)}|middle|centre|top|bottom|left|right|upper|lower)"
     rf"(?:[- ](?:{'|'.join(PARTS)}|left|right))?)(?:ern)?(?: (?:part|half|corner|side|edge))?(?: of {_IMAGE})?$"
 )
 _PART_NAMES = {
-    "middle": "center", "centre": "center", "top": "north", "bottom": "south", "left": "west", "right": "east",
+    "middle": "center", "centre": "center",
+    "upper": "north", "lower": "south", "top": "north", "bottom": "south", "left": "west", "right": "east",
     "northwest": "north-west", "northeast": "north-east", "southwest": "south-west", "southeast": "south-east",
 }  # fmt: skip
 #: Words that no name of a thing contains: the question was cut at the wrong place, or is of another form.
 _NO_NOUN = frozenset((
-    "is", "are", "was", "were", "be", "been", "there", "than", "then", "how", "what", "which", "who", "why",
-    "when", "where", "many", "much", "more", "less", "fewer", "number", "amount", "and", "or", "not", "no", "if",
+    "a", "an", "the", "is", "are", "was", "were", "be", "been", "there", "than", "then", "how", "what", "which", "who",
+    "why", "when", "where", "many", "much", "more", "less", "fewer", "number", "amount", "and", "or", "not", "no", "if",
     "do", "does", "did", "can", "could", "will", "would", "have", "has", "had", "it", "this", "that", "these",
     "those", "me", "you", "i", "we", "they", "as", "for", "with", "without", "at", "to", "from", "all", "every",
     "each", "most", "same", "equal", "other", "another", "between", "both", "import", "while", "def", "return",
