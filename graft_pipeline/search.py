@@ -20,9 +20,9 @@ from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.manifests import atomic_local_file
 from graft_pipeline.schemas import SEARCH_RESULTS
 from graft_pipeline.search_index import (
-    EXACT_ROWS,
     Manifest,
     Part,
+    ShortlistFile,
     drop_copies,
     index_folder,
     local_copy,
@@ -262,13 +262,12 @@ class SearchIndex:
             raise InputError(f"A search for {top} tiles finds none: ask for at least one.")
         admitted = self._admitted(filters)
         count = sum(number for _, _, number in admitted)
-        if is_exact or self._shortlist is None or count <= EXACT_ROWS or top > _MOST_SHORTLISTED:
+        has = self._manifest.shortlist
+        if is_exact or has is None or count <= has.exact_rows or top > _MOST_SHORTLISTED:
             found = [_nearest(part, _rows_of(mask), vector, top) for part, mask, _ in admitted]
         else:
-            found = [
-                _nearest(part, rows, vector, top)
-                for part, rows in self._shortlisted(self._shortlist, vector, top, admitted, count)
-            ]
+            rows = self._shortlisted(has, vector, top, admitted, is_all=count == self.rows)
+            found = [_nearest(part, some, vector, top) for part, some in rows]
         return _results(_merged(found, top))
 
     def scores(self, vector: npt.NDArray[np.float32], filters: Filters = Filters()) -> pa.Table:
@@ -294,36 +293,35 @@ class SearchIndex:
         return _results(found)
 
     @cached_property
-    def _shortlist(self) -> "Shortlist | None":
-        if self._manifest.shortlist is None:
-            return None
+    def _shortlist(self) -> "Shortlist":
         from graft_pipeline.shortlist import Shortlist
 
+        assert self._manifest.shortlist is not None
         return Shortlist.read(local_copy(self._folder / self._manifest.shortlist.file))
 
     def _shortlisted(
         self,
-        shortlist: "Shortlist",
+        has: ShortlistFile,
         vector: npt.NDArray[np.float32],
         top: int,
         admitted: Sequence[_Admitted],
-        count: int,
+        *,
+        is_all: bool,
     ) -> list[tuple[_OpenPart, npt.NDArray[np.int64]]]:
         """Rows of each part that are worth scoring."""
-        assert self._manifest.shortlist is not None
-        first_ids = self._manifest.shortlist.first_ids
         mask: npt.NDArray[np.bool_] | None = None
-        if count < self.rows:
-            mask = np.zeros(self._manifest.shortlist.next_id, dtype=np.bool_)
+        if not is_all:
+            mask = np.zeros(has.next_id, dtype=np.bool_)
             for part, rows, _ in admitted:
-                first = first_ids[part.region]
+                first = has.first_ids[part.region]
                 mask[first : first + part.rows] = True if rows is None else rows
-        ids = shortlist.candidates(vector, top, mask)
-        begins = np.searchsorted(ids, [first_ids[part.region] for part, _, _ in admitted])
-        ends = np.searchsorted(ids, [first_ids[part.region] + part.rows for part, _, _ in admitted])
+        ids = self._shortlist.candidates(vector, top, mask)
+        firsts = np.array([has.first_ids[part.region] for part, _, _ in admitted])
+        begins = np.searchsorted(ids, firsts)
+        ends = np.searchsorted(ids, firsts + [part.rows for part, _, _ in admitted])
         return [
-            (part, ids[begin:end] - first_ids[part.region])
-            for (part, _, _), begin, end in zip(admitted, begins, ends, strict=True)
+            (part, ids[begin:end] - first)
+            for (part, _, _), first, begin, end in zip(admitted, firsts, begins, ends, strict=True)
             if end > begin
         ]
 

@@ -80,12 +80,14 @@ class ShortlistFile:
 
     Attributes:
         file: name of its faiss file, which changes with the content.
+        exact_rows: searches that admit no more tiles do without it.
         learned_from: vectors of the index when its lists were learned.
         first_ids: number of each region's first row; rows follow each other.
         next_id: first number that was never given.
     """
 
     file: str
+    exact_rows: int
     learned_from: int
     first_ids: dict[str, int]
     next_id: int
@@ -261,7 +263,7 @@ def update(
         root: storage root.
         sensor: name of the sensor.
         model_id: fingerprint of the encoder whose vectors are wanted; None: the one of most tiles.
-        exact_rows: up to so many vectors there is no shortlist.
+        exact_rows: up to so many vectors there is no shortlist, and searches that admit no more do without it.
         progress: called with (done, total) regions.
 
     Returns:
@@ -353,7 +355,7 @@ def _update_shortlist(
         and old.next_id <= 2 * _RELEARN_FACTOR * manifest.rows
     )
     if old is None or not is_suited:
-        old = ShortlistFile("", manifest.rows, {}, 0)
+        old = ShortlistFile("", exact_rows, manifest.rows, {}, 0)
     stays = {
         region: first_id
         for region, first_id in old.first_ids.items()
@@ -362,13 +364,13 @@ def _update_shortlist(
     gone = [region for region in old.first_ids if region not in stays]
     added = [region for region in parts if region not in stays]
     if not gone and not added:
-        return old
+        return dataclasses.replace(old, exact_rows=exact_rows)
     name = f"shortlist-{fingerprint(old.file, gone, [parts[region].file for region in added])}.faiss"
     first_ids, next_id = dict(stays), old.next_id
     for region in added:
         first_ids[region] = next_id
         next_id += parts[region].rows
-    made = ShortlistFile(name, old.learned_from, dict(sorted(first_ids.items())), next_id)
+    made = ShortlistFile(name, exact_rows, old.learned_from, dict(sorted(first_ids.items())), next_id)
     if (folder / name).exists():
         # Of an update that was killed before its manifest.
         return made
