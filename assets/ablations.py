@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from pydantic import Field
 from upath import UPath
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import FOUNDATION_KEY
 from assets.launching import Trained, Training, launch
-from assets.learning import local_model
+from assets.learning import TRAINING_MODULES, local_model
 from assets.planet import benchmark_file
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
 from graft_pipeline import ablations as rules_of_ablations
 from graft_pipeline import previews, schemas, training_sets
 from graft_pipeline.ablations import SCORES, Variant
@@ -31,13 +31,7 @@ from resources.planet.benchmark import Benchmark
 from resources.storage import Storage
 
 #: Modules whose code decides what a training gives and how it is scored.
-LEARNING_MODULES = (
-    *(
-        f"training.{name}"
-        for name in ("augment", "data", "encoders", "loop", "losses", "optimisation", "recipes")
-    ),
-    "training.zero_shot.scoring",
-)
+LEARNING_MODULES = (*TRAINING_MODULES, "training.zero_shot.scoring")
 
 
 class AblationsConfig(dg.Config):
@@ -77,9 +71,10 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
         code_version=code_version(rules_of_ablations),
         kinds={"pytorch", "parquet"},
         pool="gpu",
-        metadata={"dagster/column_schema": table_schema(schemas.ABLATIONS)},
+        metadata=table_metadata(schemas.ABLATIONS, sensor),
         check_specs=check_specs([sensor.name, "ablations"], partitioned=False),
     )
+    @measured
     def ablations(
         context: dg.AssetExecutionContext,
         config: AblationsConfig,

@@ -8,14 +8,14 @@ import dagster as dg
 import numpy as np
 from upath import UPath
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import FOUNDATION_KEY, PLANET_TRUTH_KEY, external_collection
 from assets.learning import encoder_folder, local_model
 from assets.planet import scores_result
-from assets.reporting import OWNERS, check_result, check_specs
+from assets.reporting import OWNERS, check_result, check_specs, measured, shown
 from graft_pipeline import previews, rules, schemas
 from graft_pipeline.imagery import ImagerySource, Sensor
-from graft_pipeline.previews import to_markdown
 from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
 from graft_pipeline.report import scores_folder, write_scores
 from graft_pipeline.settings import Settings
 from resources.planet.questions import PlanetQuestions, build_questions
@@ -50,12 +50,15 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         **options,
+        deps=[PLANET_TRUTH_KEY, external_collection(sensor, "earth_engine")],
+        code_version=code_version("resources.planet.questions"),
         kinds={"json"},
         pool="imagery",
         check_specs=check_specs(
             [sensor.name, "questions"], "no_training_ground", partitioned=False, schema=False
         ),
     )
+    @measured
     def questions(
         config: QuestionsConfig,
         world: dg.ResourceParam[Settings],
@@ -90,7 +93,7 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
                 "images": len(made.pixels),
                 "questions": len(made.questions),
                 **counts,
-                "preview": dg.MetadataValue.md(to_markdown(question_sheet(made), "questions")),
+                **shown({"preview": question_sheet(made)}, {"preview": "questions"}),
             },
             check_results=[check_result(rules.no_training_ground(tiles, made.squares))],
         )
@@ -98,9 +101,16 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **options,
         deps=[questions, [sensor.name, "pixel_encoder"], FOUNDATION_KEY],
+        code_version=code_version(
+            *(
+                f"training.zero_shot.answering.{name}"
+                for name in ("grammar", "interpreter", "detection", "scoring")
+            )
+        ),
         kinds={"pytorch"},
         pool="gpu",
     )
+    @measured
     def question_scores(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
@@ -134,10 +144,10 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             **answer_pictures(made),
         }
         write_scores(scores_folder(storage, sensor.name), "questions", metrics, pictures)
-        shown = scores_result(metrics, pictures)
+        scored = scores_result(metrics, pictures)
         return dg.MaterializeResult(
             metadata={
-                **(shown.metadata or {}),
+                **(scored.metadata or {}),
                 "accuracy": dg.MetadataValue.md(accuracy_table(made.metrics["questions"], made.questions)),
                 "images": made.images,
                 "questions": sum(made.questions.values()),

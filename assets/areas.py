@@ -5,10 +5,13 @@ Areas are registered with `graft areas add`; what a region is, is in graft_pipel
 
 import dagster as dg
 
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
-from graft_pipeline import areas, schemas
+from assets.keys import AREAS_KEY
+from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
+from graft_pipeline import areas, previews, schemas
+from graft_pipeline import regions as grid
 from graft_pipeline.errors import InputError
 from graft_pipeline.partitions import REGION_PARTITIONS
+from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from resources.storage import Storage
 
@@ -16,10 +19,13 @@ from resources.storage import Storage
 @dg.asset(
     group_name="areas",
     owners=OWNERS,
+    deps=[AREAS_KEY],
+    code_version=code_version(areas, grid),
     kinds={"parquet"},
-    metadata={"dagster/column_schema": table_schema(schemas.REGIONS)},
+    metadata=table_metadata(schemas.REGIONS),
     check_specs=check_specs(["regions"], partitioned=False),
 )
+@measured
 def regions(
     context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]
 ) -> dg.MaterializeResult:
@@ -33,10 +39,14 @@ def regions(
     changed = storage.write(schemas.REGIONS, table)
     keys = sorted(set(table["region"].to_pylist()))
     context.instance.add_dynamic_partitions(REGION_PARTITIONS.name, keys)
+    cells = {key: grid.Region.parse(key, world.grid_deg).bounds for key in keys}
     return report_table(
         schemas.REGIONS,
         table,
         changed=changed,
+        picture=previews.cell_frames(
+            cells, areas.union(registered), title=f"{len(keys):,} regions of {len(registered)} areas"
+        ),
         areas=len(registered),
         regions=len(keys),
         keys=", ".join(keys[:50]),

@@ -10,10 +10,10 @@ import dagster as dg
 import numpy as np
 import shapely
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import FOUNDATION_KEY, PLANET_TRUTH_KEY
 from assets.learning import encoder_folder, local_model
 from assets.planet import scores_result
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
 from graft_pipeline import chips, concept_maps, embeddings, grid, map_files, previews, schemas
 from graft_pipeline.concept_maps import Background, ConceptMaps, Hexagons, map_concepts, map_vectors
 from graft_pipeline.imagery import Sensor
@@ -51,9 +51,10 @@ def build_concept_assets(sensor: Sensor, settings: Settings, *, has_truth: bool)
         deps=[[sensor.name, "search_index"], [sensor.name, "image_encoder"]],
         code_version=code_version(concept_maps, map_files),
         kinds={"parquet", "geotiff"},
-        metadata={"dagster/column_schema": table_schema(schemas.CONCEPT_MAPS)},
+        metadata=table_metadata(schemas.CONCEPT_MAPS, sensor),
         check_specs=check_specs([sensor.name, schemas.CONCEPT_MAPS.name], partitioned=False),
     )
+    @measured
     def concept_maps_asset(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
@@ -84,10 +85,13 @@ def build_concept_assets(sensor: Sensor, settings: Settings, *, has_truth: bool)
         deps=[
             concept_maps_asset,
             FOUNDATION_KEY,
+            PLANET_TRUTH_KEY,
             dg.AssetDep([sensor.name, "chips"], partition_mapping=ALL_REGIONS),
         ],
+        code_version=code_version("training.zero_shot.map_scores", "resources.planet.cell_truth"),
         kinds={"pytorch"},
     )
+    @measured
     def concept_map_scores(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],

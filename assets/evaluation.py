@@ -8,9 +8,16 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import FOUNDATION_KEY, OSM_KEY
 from assets.planet import scores_result
-from assets.reporting import OWNERS, check_specs, only_transient_retries, report_table, table_schema
+from assets.reporting import (
+    OWNERS,
+    check_specs,
+    measured,
+    only_transient_retries,
+    report_table,
+    table_metadata,
+)
 from graft_pipeline import osm_labels, schemas
 from graft_pipeline.errors import SettingsError
 from graft_pipeline.imagery import Sensor
@@ -55,15 +62,16 @@ def build_osm_labels(sensor: Sensor) -> dg.AssetsDefinition:
         key_prefix=sensor.name,
         group_name="evaluation",
         owners=OWNERS,
-        deps=[[sensor.name, "tiles"]],
+        deps=[[sensor.name, "tiles"], OSM_KEY],
         partitions_def=REGION_PARTITIONS,
         backfill_policy=dg.BackfillPolicy.multi_run(),
         code_version=code_version(osm_labels),
         kinds={"parquet"},
-        metadata={"dagster/column_schema": table_schema(schemas.OSM_LABELS)},
+        metadata=table_metadata(schemas.OSM_LABELS, sensor),
         check_specs=check_specs([sensor.name, schemas.OSM_LABELS.name]),
     )
     @only_transient_retries
+    @measured
     def labels(
         context: dg.AssetExecutionContext,
         world: dg.ResourceParam[Settings],
@@ -101,6 +109,7 @@ def build_evaluation(name: str, folder: Path) -> dg.AssetsDefinition:
         group_name="evaluation",
         owners=OWNERS,
         deps=deps,
+        code_version=code_version("training.zero_shot.benchmarks", "training.zero_shot.scoring"),
         kinds={"pytorch"},
         pool="gpu",
         check_specs=[
@@ -112,6 +121,7 @@ def build_evaluation(name: str, folder: Path) -> dg.AssetsDefinition:
         ],
     )
     @only_transient_retries
+    @measured
     def evaluation(
         config: EvaluationConfig,
         world: dg.ResourceParam[Settings],

@@ -9,16 +9,17 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from assets.ground import FetchConfig
+from assets.keys import external_collection
 from assets.learning import embed_region
 from assets.reporting import (
     OWNERS,
     RETRY,
     check_specs,
+    measured,
     only_transient_retries,
     report_table,
     table_schema,
 )
-from assets.sensors import external_collection
 from graft_pipeline import areas, chips, embeddings, grid, rules, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.partitions import REGION_PARTITIONS
@@ -61,6 +62,7 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         check_specs=check_specs([sensor.name, "grid_chips"], "chip_georeference", "cloud_and_time"),
     )
     @only_transient_retries
+    @measured
     def grid_chips(
         context: dg.AssetExecutionContext,
         config: FetchConfig,
@@ -76,11 +78,7 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         tiles = grid.grid_tiles(region, area, kept_as, world.grid_stride_m[sensor.name])
         storage.write(schemas.TILES, tiles, **place)
         listed = storage.read(schemas.SCENES, sensor=sensor.name, region=region.key)
-        folder, nobody, requests = (
-            storage.folder(schemas.CHIPS, **place),
-            schemas.FLICKR_PHOTOS.empty(),
-            imagery.requests,
-        )
+        folder, nobody = storage.folder(schemas.CHIPS, **place), schemas.FLICKR_PHOTOS.empty()
         table, changed = chips.update(
             tiles,
             listed,
@@ -105,7 +103,6 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
             findings=findings,
             picture=sheets.chip_sheet(table, folder, seed=world.seed),
             stride_m=world.grid_stride_m[sensor.name],
-            imagery_requests=imagery.requests - requests,
         )
 
     @dg.asset(
@@ -117,6 +114,7 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         metadata={"dagster/column_schema": table_schema(schemas.CHIP_EMBEDDINGS)},
         check_specs=check_specs([sensor.name, "grid_embeddings"]),
     )
+    @measured
     def grid_embeddings(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],

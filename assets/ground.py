@@ -100,7 +100,9 @@ def search_locations(
         discs_km=world.search_radius_km,
         area=area.intersection(region.polygon),
     )
-    advice = "no registered area covers this region, so nothing is searched: register one (graft areas add FILE)"
+    advice = (
+        "no registered area covers this region, so nothing is searched: register one (graft areas add FILE)"
+    )
     return report_table(
         schemas.SEARCH_LOCATIONS,
         table,
@@ -192,9 +194,7 @@ def ground_images_asset(
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)
     picture = sheets.image_sheet(table, folder, seed=world.seed)
     findings = [rules.failure_share(table)]
-    return report_table(
-        schemas.GROUND_IMAGES, table, changed=changed, findings=findings, picture=picture
-    )
+    return report_table(schemas.GROUND_IMAGES, table, changed=changed, findings=findings, picture=picture)
 
 
 @ground_asset(

@@ -8,18 +8,35 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import FOUNDATION_KEY
 from assets.launching import Trained, Training, launch
-from assets.reporting import OWNERS, check_specs, report_table, table_schema
+from assets.reporting import (
+    LINEAGE,
+    OWNERS,
+    SCHEMA,
+    check_specs,
+    column_lineage,
+    fields_schema,
+    measured,
+    report_table,
+    shown,
+    table_metadata,
+)
 from graft_pipeline import chips, embeddings, previews, rules, schemas, training_sets
 from graft_pipeline.imagery import Sensor
+from graft_pipeline.lineage import MODELS
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
-from graft_pipeline.previews import to_markdown
 from graft_pipeline.progress import Progress, Report
 from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from resources.foundation import FoundationModel
 from resources.storage import Storage
+
+#: Modules whose code decides what a training gives.
+TRAINING_MODULES = tuple(
+    f"training.{name}"
+    for name in ("augment", "data", "encoders", "loop", "losses", "optimisation", "recipes")
+)
 
 
 class EncoderConfig(dg.Config):
@@ -60,9 +77,10 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         ],
         code_version=code_version(training_sets),
         kinds={"parquet", "numpy"},
-        metadata={"dagster/column_schema": table_schema(schemas.TRAINING_PAIRS)},
+        metadata=table_metadata(schemas.TRAINING_PAIRS, sensor),
         check_specs=check_specs([sensor.name, "training_set"], "split_disjointness", partitioned=False),
     )
+    @measured
     def training_set(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Snapshot of all regions' pairs with their splits and embeddings, named by its content's fingerprint."""
         made = training_sets.build_training_set(storage.root, sensor)
@@ -96,10 +114,16 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             **options,
             name=f"{level}_encoder",
             deps=[training_set, FOUNDATION_KEY],
+            code_version=code_version(*TRAINING_MODULES),
+            metadata={
+                SCHEMA: fields_schema({MODELS[f"{level}_encoder"]: "of the model, as safetensors"}),
+                LINEAGE: column_lineage(f"{level}_encoder", sensor),
+            },
             description=description,
             kinds={"pytorch"},
             pool="gpu",
         )
+        @measured
         def encoder(
             context: dg.AssetExecutionContext,
             config: EncoderConfig,
@@ -141,9 +165,10 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         code_version=code_version(embeddings),
         kinds={"parquet", "pytorch"},
         pool="gpu",
-        metadata={"dagster/column_schema": table_schema(schemas.CHIP_EMBEDDINGS)},
+        metadata=table_metadata(schemas.CHIP_EMBEDDINGS, sensor),
         check_specs=check_specs([sensor.name, "chip_embeddings"]),
     )
+    @measured
     def chip_embeddings(
         context: dg.AssetExecutionContext,
         storage: dg.ResourceParam[Storage],
@@ -193,18 +218,21 @@ def training_result(trained: Trained, title: str, snapshot: str) -> dg.Materiali
         "best_step": result["best_step"],
         "train_tiles": result["train_tiles"],
         "train_pairs": result["train_photos"],
-        "seconds": round(result["seconds"], 1),
+        "training_seconds": round(result["seconds"], 1),
         "loss": series["training loss"][1][-1],
     }
+    pictures = {}
     if validated:
         series["validation loss"] = (validated, [row["loss"] for row in trained.validations])
         recall = {
             f"recall@{k}": (validated, [row[f"recall_at_{k}"] for row in trained.validations])
             for k in (1, 10)
         }
-        picture = previews.curves(recall, title=f"{title}: validation retrieval", ylabel="recall")
-        metadata["retrieval"] = dg.MetadataValue.md(to_markdown(picture, "validation retrieval"))
+        pictures["retrieval"] = previews.curves(
+            recall, title=f"{title}: validation retrieval", ylabel="recall"
+        )
         metadata["validation_recall_at_10"] = trained.validations[-1]["recall_at_10"]
-    picture = previews.curves(series, title=f"{title}: contrastive loss", ylabel="loss")
-    metadata["curve"] = dg.MetadataValue.md(to_markdown(picture, "loss"))
-    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(result["model_id"]))
+    pictures["curve"] = previews.curves(series, title=f"{title}: contrastive loss", ylabel="loss")
+    return dg.MaterializeResult(
+        metadata=metadata | shown(pictures), data_version=dg.DataVersion(result["model_id"])
+    )

@@ -7,15 +7,15 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import CAPTIONED_PHOTOS_KEY, FOUNDATION_KEY, PLANET_TRUTH_KEY
 from assets.planet import OTHER_PLANET
-from assets.reporting import OWNERS
+from assets.reporting import OWNERS, measured, shown
 from graft_pipeline import embeddings, previews, schemas, sheets
 from graft_pipeline.errors import DataError
 from graft_pipeline.outdoor_scores import THRESHOLDS, Accuracy, Agreement, accuracy, agreement, errors_by_kind
 from graft_pipeline.partitions import ALL_REGIONS
-from graft_pipeline.previews import to_markdown
 from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from resources.foundation import FoundationModel
 from resources.planet.captions import captioned_photos
@@ -27,7 +27,16 @@ from resources.storage import Storage
 SCENE_CLASSIFIER_KEY = dg.AssetKey(["torchvision", "scene_classifier"])
 
 
-@dg.asset(key=SCENE_CLASSIFIER_KEY, group_name="sources", owners=OWNERS, kinds={"pytorch"}, pool="gpu")
+@dg.asset(
+    key=SCENE_CLASSIFIER_KEY,
+    group_name="sources",
+    owners=OWNERS,
+    deps=[CAPTIONED_PHOTOS_KEY],
+    code_version=code_version("training.scenes", "training.recipes", "resources.planet.captions"),
+    kinds={"pytorch"},
+    pool="gpu",
+)
+@measured
 def planet_scene_classifier(
     world: dg.ResourceParam[Settings],
     storage: dg.ResourceParam[Storage],
@@ -62,10 +71,10 @@ def planet_scene_classifier(
             "held_out_photos": held_out,
             "accuracy": result.scores.accuracy,
             "balanced_accuracy": result.scores.per_class_accuracy,
-            "preview": dg.MetadataValue.md(
-                to_markdown(sheet, "labelled photos: outdoors green, indoors red")
+            **shown(
+                {"preview": sheet, "curve": curve},
+                {"preview": "labelled photos: outdoors green, indoors red"},
             ),
-            "curve": dg.MetadataValue.md(to_markdown(curve, "accuracy")),
         },
         data_version=dg.DataVersion(SceneClassifier.checkpoint(result.path).classifier_id),
     )
@@ -81,12 +90,16 @@ def scored_by_planet_scenes(outdoor_photos: dg.AssetsDefinition) -> dg.AssetsDef
     owners=OWNERS,
     deps=[
         dg.AssetDep("ground_embeddings", partition_mapping=ALL_REGIONS),
+        dg.AssetDep("ground_images", partition_mapping=ALL_REGIONS),
         SCENE_CLASSIFIER_KEY,
         FOUNDATION_KEY,
+        PLANET_TRUTH_KEY,
     ],
+    code_version=code_version("graft_pipeline.outdoor_scores", "resources.scene_classifier"),
     kinds={"pytorch"},
     pool="gpu",
 )
+@measured
 def outdoor_scores(
     world: dg.ResourceParam[Settings],
     storage: dg.ResourceParam[Storage],
@@ -173,21 +186,23 @@ def outdoor_result(
         "disagreements": len(both.disagreeing),
         "disagreements/checkpoint_is_right": both.second_is_right,
     }
-    series = {}
+    series, pictures = {}, {"preview": disagreements}
     for name, of in found.items():
         numbers = {
             f: getattr(of, f) for f in ("accuracy", "indoor_recall", "outdoor_recall", "best_threshold")
         }
         metadata |= {f"{field}/{name}": value for field, value in numbers.items()}
         metadata[f"wrong_by_kind/{name}"] = ", ".join(f"{k} {n} of {m}" for k, (n, m) in wrong[name].items())
-        matrix = previews.confusion(of.confusion, ["indoor", "outdoor"], title=f"{name} at {threshold:g}")
-        metadata[f"confusion/{name}"] = dg.MetadataValue.md(to_markdown(matrix, f"confusion of {name}"))
+        pictures[f"confusion/{name}"] = previews.confusion(
+            of.confusion, ["indoor", "outdoor"], title=f"{name} at {threshold:g}"
+        )
         series[f"{name}: accuracy"] = (THRESHOLDS.tolist(), of.curve.tolist())
         series[f"{name}: photos kept"] = (THRESHOLDS.tolist(), of.kept_curve.tolist())
-    curve = previews.curves(series, title="Whatever the threshold", ylabel="share", xlabel="threshold")
+    pictures["threshold_curve"] = previews.curves(
+        series, title="Whatever the threshold", ylabel="share", xlabel="threshold"
+    )
     caption = "zero-shot score, checkpoint score; frame: outdoors green, indoors red"
-    metadata["threshold_curve"] = dg.MetadataValue.md(to_markdown(curve, "threshold curve"))
-    metadata["preview"] = dg.MetadataValue.md(to_markdown(disagreements, caption))
+    metadata |= shown(pictures, {"preview": caption})
     # NaN is no number that Dagster keeps.
     return dg.MaterializeResult(
         metadata={k: v for k, v in metadata.items() if not (isinstance(v, float) and np.isnan(v))}

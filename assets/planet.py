@@ -6,13 +6,22 @@ Real benchmarks are read elsewhere; no asset of the training path depends on the
 import dagster as dg
 import numpy as np
 
-from assets.external import FOUNDATION_KEY
+from assets.keys import CAPTIONED_PHOTOS_KEY, FOUNDATION_KEY, PLANET_TRUTH_KEY, external_collection
 from assets.learning import encoder_folder, local_model
-from assets.reporting import OWNERS, check_result, check_specs
+from assets.reporting import (
+    OWNERS,
+    SCHEMA,
+    check_result,
+    check_specs,
+    fields_schema,
+    measured,
+    shown,
+)
 from graft_pipeline import previews, rules, schemas
 from graft_pipeline.imagery import ImagerySource, Sensor
-from graft_pipeline.previews import to_markdown
+from graft_pipeline.lineage import SOURCES
 from graft_pipeline.progress import Progress
+from graft_pipeline.provenance import code_version
 from graft_pipeline.report import scores_folder, write_scores
 from graft_pipeline.settings import Settings
 from resources.planet.benchmark import Benchmark, build_benchmark
@@ -23,8 +32,21 @@ from resources.storage import Storage
 #: The captions that the planet's CLIP learns from show another planet: no seed of a deployment reaches this far.
 OTHER_PLANET = 1_000_003
 
+#: Modules whose code decides what a score is.
+SCORING_MODULES = ("training.zero_shot.scoring", "training.zero_shot.prompts")
 
-@dg.asset(key=FOUNDATION_KEY, group_name="sources", owners=OWNERS, kinds={"pytorch"}, pool="gpu")
+
+@dg.asset(
+    key=FOUNDATION_KEY,
+    group_name="sources",
+    owners=OWNERS,
+    deps=[CAPTIONED_PHOTOS_KEY],
+    code_version=code_version("training.foundation", "training.recipes", "resources.planet.captions"),
+    kinds={"pytorch"},
+    pool="gpu",
+    metadata={SCHEMA: fields_schema(SOURCES["foundation"])},
+)
+@measured
 def planet_foundation(
     world: dg.ResourceParam[Settings],
     storage: dg.ResourceParam[Storage],
@@ -51,8 +73,7 @@ def planet_foundation(
             "kinds": len(set(kinds)),
             "loss": result.losses[-1],
             "model_id": result.model_id,
-            "preview": dg.MetadataValue.md(to_markdown(sheet, "captioned photos of another planet")),
-            "curve": dg.MetadataValue.md(to_markdown(curve, "loss")),
+            **shown({"preview": sheet, "curve": curve}, {"preview": "captioned photos of another planet"}),
         },
         data_version=dg.DataVersion(result.model_id),
     )
@@ -76,12 +97,15 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
     @dg.asset(
         **options,
+        deps=[PLANET_TRUTH_KEY, external_collection(sensor, "earth_engine")],
+        code_version=code_version("resources.planet.benchmark"),
         kinds={"numpy"},
         pool="imagery",
         check_specs=check_specs(
             [sensor.name, "benchmark"], "no_training_ground", partitioned=False, schema=False
         ),
     )
+    @measured
     def benchmark(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
@@ -113,7 +137,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
                 "segmentation_crops": len(made.masks),
                 **{f"crops/{name}": int(count) for name, count in zip(made.classes, counts, strict=True)},
                 "left_out": ", ".join(sorted(set(made.all_classes) - set(made.classes))) or "none",
-                "preview": dg.MetadataValue.md(to_markdown(sheet, "benchmark crops")),
+                **shown({"preview": sheet}, {"preview": "benchmark crops"}),
             },
             check_results=[check_result(rules.no_training_ground(tiles, made.squares))],
         )
@@ -121,9 +145,11 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **options,
         deps=[benchmark, [sensor.name, "image_encoder"], FOUNDATION_KEY],
+        code_version=code_version(*SCORING_MODULES),
         kinds={"pytorch"},
         pool="gpu",
     )
+    @measured
     def zero_shot_scores(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Classification and retrieval of the image-level encoder beside the frozen foundation model and chance."""
         from training.zero_shot.prompts import load_prompts
@@ -156,9 +182,11 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **options,
         deps=[benchmark, [sensor.name, "pixel_encoder"], FOUNDATION_KEY],
+        code_version=code_version(*SCORING_MODULES),
         kinds={"pytorch"},
         pool="gpu",
     )
+    @measured
     def segmentation_scores(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Segmentation of the pixel-level encoder beside the frozen foundation model's patches and chance."""
         from training.zero_shot.prompts import load_prompts
@@ -202,8 +230,7 @@ def scores_result(
         for contender, values in contenders.items()
         for metric, value in values.items()
     }
-    shown = {name: dg.MetadataValue.md(to_markdown(picture, name)) for name, picture in pictures.items()}
-    return dg.MaterializeResult(metadata={**numbers, **shown})
+    return dg.MaterializeResult(metadata={**numbers, **shown(pictures)})
 
 
 def retrieval_sheet(made: Benchmark, top: np.ndarray) -> bytes:

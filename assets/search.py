@@ -9,11 +9,10 @@ import dagster as dg
 
 from assets.concepts import concepts_of, stored_chips
 from assets.learning import encoder_folder, local_model
-from assets.reporting import OWNERS
+from assets.reporting import OWNERS, measured, shown
 from graft_pipeline import search_index, sheets, shortlist
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS
-from graft_pipeline.previews import to_markdown
 from graft_pipeline.progress import Progress
 from graft_pipeline.provenance import code_version, fingerprint
 from graft_pipeline.search import SearchIndex
@@ -55,6 +54,7 @@ def build_search_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDef
         # One writer at a time.
         pool=f"{sensor.name}_search_index",
     )
+    @measured
     def index_asset(
         world: dg.ResourceParam[Settings],
         storage: dg.ResourceParam[Storage],
@@ -79,7 +79,6 @@ def build_search_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDef
             "tiles_without_chip": made.without_chip,
             "has_shortlist": manifest.shortlist is not None,
             "size_bytes": search_index.size_bytes(storage.root, sensor.name, manifest),
-            "seconds": round(made.seconds, 1),
         }
         if manifest.left_out:
             metadata["left_out"] = dg.MetadataValue.md(
@@ -87,7 +86,7 @@ def build_search_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDef
             )
         if manifest.rows:
             sheet = example_searches(storage, sensor, clip, concepts_of(world)[:EXAMPLES])
-            metadata["preview"] = dg.MetadataValue.md(to_markdown(sheet, "example searches"))
+            metadata |= shown({"preview": sheet}, {"preview": "example searches"})
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(fingerprint(manifest)))
 
     return [index_asset]

@@ -3,7 +3,6 @@
 Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; imagery's clients in resources.
 """
 
-import re
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -11,13 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets.ground import FetchConfig
+from assets.keys import SOURCE_KINDS, external_collection
 from assets.reporting import (
     OWNERS,
     RETRY,
     check_specs,
+    measured,
     only_transient_retries,
     report_table,
-    table_schema,
+    table_metadata,
 )
 from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor, Source
@@ -47,16 +48,6 @@ def eligible_photos(storage: Storage, region: str) -> pa.Table:
     )
 
 
-#: First part of the keys of external collections, and kind of the assets that come from them.
-SOURCE_KINDS: dict[Source, str] = {"earth_engine": "earthengine", "stac": "stac", "folder": "geotiff"}
-
-
-def external_collection(sensor: Sensor, source: Source) -> dg.AssetKey:
-    """Key of the external asset that stands for a sensor's collection in its source."""
-    collection = sensor.collection.split("/", 1)[1] if source == "earth_engine" else sensor.collection
-    return dg.AssetKey([SOURCE_KINDS[source], re.sub(r"\W+", "_", collection.lower()).strip("_") or "images"])
-
-
 def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list[dg.AssetsDefinition]:
     """The region-partitioned assets of one sensor, with the sensor's name as key prefix and group.
 
@@ -77,11 +68,11 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
             owners=OWNERS,
             partitions_def=REGION_PARTITIONS,
             backfill_policy=dg.BackfillPolicy.multi_run(),
-            metadata={"dagster/column_schema": table_schema(dataset)},
+            metadata=table_metadata(dataset, sensor, source),
             check_specs=check_specs([sensor.name, dataset.name], *rules_of_data),
             **options,
         )
-        return lambda function: make(only_transient_retries(function))
+        return lambda function: make(only_transient_retries(measured(function)))
 
     @sensor_asset(
         schemas.SCENES,
@@ -101,11 +92,8 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         region = Region.parse(context.partition_key, world.grid_deg)
         table = scenes.scene_rows(imagery.list_scenes(sensor, region.bounds), sensor)
         changed = storage.write(schemas.SCENES, table, sensor=sensor.name, region=region.key)
-        extra = {}
-        clouds = table["cloud_pct"].drop_null().to_numpy()
-        if len(clouds):
-            extra["picture"] = previews.histogram(clouds, title=f"Cloud of {sensor.name} scenes", unit="%")
-        return report_table(schemas.SCENES, table, changed=changed, **extra)
+        picture = sheets.scene_charts(table, f"{sensor.name} scenes of {region.key}")
+        return report_table(schemas.SCENES, table, changed=changed, picture=picture)
 
     @sensor_asset(
         schemas.TILES,
@@ -158,6 +146,8 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         schemas.CHIPS,
         "chip_georeference",
         "cloud_and_time",
+        "failure_share",
+        "nodata_share",
         deps=[tiles_asset, scenes_asset, collection],
         code_version=code_version(chips),
         kinds={"webdataset", SOURCE_KINDS[source]},
@@ -177,7 +167,6 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         tiles, listed = storage.read(schemas.TILES, **place), storage.read(schemas.SCENES, **place)
         taken = storage.read(schemas.FLICKR_PHOTOS, region=context.partition_key)
         folder = storage.folder(schemas.CHIPS, **place)
-        requests = imagery.requests
         table, changed = chips.update(
             tiles,
             listed,
@@ -194,6 +183,8 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         findings = [
             rules.chip_georeference(table, tiles, rules.read_chip(folder)),
             rules.cloud_and_time(table, tiles, taken, listed, sensor),
+            rules.failure_share(table),
+            rules.nodata_share(table),
         ]
         return report_table(
             schemas.CHIPS,
@@ -201,7 +192,7 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
             changed=changed,
             findings=findings,
             picture=sheets.chip_sheet(table, folder, seed=world.seed),
-            imagery_requests=imagery.requests - requests,
+            pictures={"clouds_and_times": sheets.chip_charts(table, f"{sensor.name} chips")},
         )
 
     @sensor_asset(
@@ -209,6 +200,7 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         "footprint_membership",
         "photo_cap",
         "split_disjointness",
+        "not_empty",
         deps=[tiles_asset, chips_asset, *GROUND_TABLES],
         code_version=code_version(pairing),
         kinds={"parquet"},
@@ -229,6 +221,9 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
             rules.footprint_membership(table, tiles, sensor),
             rules.photo_cap(table, world.photos_per_tile),
             rules.split_disjointness([tiles], table),
+            rules.not_empty(
+                table, "no photo of this region has a tile with a chip: see the reasons of chips and photos"
+            ),
         ]
         return report_table(
             schemas.PAIRS,
@@ -242,7 +237,9 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
                 storage.read(schemas.GROUND_IMAGES, region=region.key),
                 storage.folder(schemas.GROUND_IMAGES, region=region.key),
                 seed=world.seed,
+                footprint_px=sensor.crop_px,
             ),
+            pictures={"photos_and_times": sheets.pair_charts(table, f"{sensor.name} pairs")},
             tiles=pc.count_distinct(table["tile_id"]).as_py(),
             photos=pc.count_distinct(table["photo_id"]).as_py(),
             **{f"split/{name}": count for name, count in pairing.split_counts(table).items()},

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -519,7 +519,9 @@ def summarise(table: pa.Table) -> dict[str, int]:
     return counts
 
 
-def connect(root: "UPath | Path") -> "DuckDBPyConnection":
+def connect(
+    root: "UPath | Path", datasets: Iterable[Dataset] = tuple(DATASETS.values())
+) -> "DuckDBPyConnection":
     """Open DuckDB, in memory, with one view for each dataset of a storage root.
 
     Views read the Parquet files as they lie; hive partition columns are strings. A dataset without files is
@@ -527,6 +529,7 @@ def connect(root: "UPath | Path") -> "DuckDBPyConnection":
 
     Args:
         root: storage root, local or on any fsspec file system.
+        datasets: those to make views of: each lists its partitions.
 
     Returns:
         A DuckDB connection; close it.
@@ -540,7 +543,7 @@ def connect(root: "UPath | Path") -> "DuckDBPyConnection":
     base = str(Path(str(root)).absolute()) if local else str(root).rstrip("/")
     if not local:
         connection.register_filesystem(cast("UPath", root).fs)
-    for dataset in DATASETS.values():
+    for dataset in datasets:
         name, depth = dataset.name, len(dataset.partitions)
         pattern = "/".join([name, *["*"] * depth, f"{name}.parquet"])
         if next(iter(root.glob(pattern)), None) is None:

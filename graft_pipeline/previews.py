@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-#: Pictures in metadata live in Dagster's event log: keep them small.
+#: Largest contact sheet.
 MAX_BYTES = 200_000
+#: Pictures in metadata live in Dagster's event log, base64-coded: those of one materialisation together.
+EVENT_BYTES = 130_000
+#: Colours of kinds, told apart by people of any eyesight (Okabe and Ito).
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#999999", "#f0e442")
 #: Frames of what was decided or predicted rightly (or kept) and wrongly (or dropped).
 RIGHT, WRONG = (34, 136, 51), (204, 51, 17)
+WHITE = (255, 255, 255)
 
 
 def data_uri(picture: bytes) -> str:
@@ -36,6 +41,8 @@ def contact_sheet(
     columns: int = 8,
     cell_px: int = 96,
     marks: Sequence[np.ndarray] = (),
+    mark_colours: Sequence[Sequence[tuple[int, int, int]]] = (),
+    squares: Sequence[tuple[float, float, float, float] | None] = (),
     frames: Sequence[tuple[int, int, int] | None] = (),
     label_lines: int = 1,
 ) -> bytes:
@@ -47,6 +54,8 @@ def contact_sheet(
         columns: images per row.
         cell_px: side of a cell.
         marks: per image an (M, 2) array of (column, row) positions in its own pixels, drawn as dots.
+        mark_colours: per image the RGB colours of its first dots; the others are red.
+        squares: per image (left, top, right, bottom) of a square in its own pixels, or None.
         frames: per image an RGB colour of its frame, or None.
         label_lines: lines that a label may take; what is longer is cut.
 
@@ -70,10 +79,19 @@ def contact_sheet(
             Image.Resampling.BILINEAR,
         )
         sheet.paste(fitted, (left, top))
+        square = squares[number] if number < len(squares) else None
+        if square:
+            corners = [at + scale * value for at, value in zip((left, top) * 2, square, strict=True)]
+            draw.rectangle(corners, outline=(255, 255, 255))
         if number < len(marks):
-            for column, row in marks[number]:
-                x, y = left + column * scale, top + row * scale
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(255, 60, 60), outline="white")
+            colours = mark_colours[number] if number < len(mark_colours) else ()
+            # Those with a colour of their own on top.
+            for mark in reversed(range(len(marks[number]))):
+                x, y = (
+                    at + scale * value for at, value in zip((left, top), marks[number][mark], strict=True)
+                )
+                colour = colours[mark] if mark < len(colours) else (255, 60, 60)
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour, outline="white")
         frame = frames[number] if number < len(frames) else None
         if frame:
             draw.rectangle((left, top, left + cell_px - 1, top + cell_px - 1), outline=frame, width=3)
@@ -84,15 +102,93 @@ def contact_sheet(
     return _jpeg(sheet)
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    """Encode below MAX_BYTES by lowering quality, then size: pictures here are for the eye, not for measurement."""
+def tile_view(
+    chip: np.ndarray,
+    square: tuple[float, float, float, float],
+    marks: np.ndarray,
+    photos: Sequence[np.ndarray | None],
+    *,
+    highlighted: int | None = None,
+    columns: int = 4,
+    cell_px: int = 132,
+) -> bytes:
+    """Draw one tile: its chip with the numbered positions of its photos, and the photos by their numbers beside it.
+
+    Args:
+        chip: (H, W, 3) uint8.
+        square: left, top, right, bottom of the footprint in the chip, pixels.
+        marks: (M, 2) column and row of each photo in the chip.
+        photos: the first of them, (H, W, 3) uint8 of any size, or None for one without an image.
+        highlighted: number of a photo that is shown in another colour, from 0.
+        columns: photos in a row.
+        cell_px: side of a photo's cell.
+
+    Returns:
+        A JPEG.
+    """
+    from PIL import ImageFont
+
+    font, gap = ImageFont.load_default(12), 6
+    rows = -(-len(photos) // columns)
+    height = max(chip.shape[0], rows * (cell_px + gap))
+    width = chip.shape[1] + gap + min(columns, len(photos)) * (cell_px + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    sheet.paste(Image.fromarray(chip))
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle(square, outline="white")
+
+    def number(x: float, y: float, index: int) -> None:
+        colour = WRONG if index == highlighted else (30, 30, 30)
+        draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline="white")
+        draw.text((x, y), str(index + 1), fill="white", font=font, anchor="mm")
+
+    # The first ones on top.
+    for index in reversed(range(len(marks))):
+        number(float(marks[index][0]), float(marks[index][1]), index)
+    for index, photo in enumerate(photos):
+        left = chip.shape[1] + gap + index % columns * (cell_px + gap)
+        top = index // columns * (cell_px + gap)
+        if photo is None:
+            draw.rectangle((left, top, left + cell_px, top + cell_px), outline="gray")
+        else:
+            image = Image.fromarray(photo)
+            image.thumbnail((cell_px, cell_px))
+            sheet.paste(image, (left, top))
+        number(left + 11, top + 11, index)
+    return _jpeg(sheet)
+
+
+def _jpeg(image: Image.Image, most_bytes: int = MAX_BYTES) -> bytes:
+    """Encode below a size by lowering quality, then size: pictures here are for the eye, not for measurement."""
     while True:
-        for quality in (88, 75, 60, 40):
+        for quality in (88, 75, 60, 45):
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=quality)
-            if buffer.tell() <= MAX_BYTES:
+            if buffer.tell() <= most_bytes or max(image.size) < 32:
                 return buffer.getvalue()
-        image = image.reduce(2)
+        image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)))
+
+
+def fit(pictures: Mapping[str, bytes], most_bytes: int = EVENT_BYTES) -> dict[str, bytes]:
+    """Make the pictures of one materialisation small enough together.
+
+    Args:
+        pictures: PNG or JPEG by name.
+        most_bytes: their sum.
+
+    Returns:
+        The same; the largest are encoded with less quality, and smaller, until all fit.
+    """
+    shown = dict(pictures)
+    # Charts are small, sheets take what they leave.
+    rest, left = most_bytes, len(shown)
+    for name in sorted(shown, key=lambda name: (len(shown[name]), name)):
+        share = rest // left
+        if len(shown[name]) > share:
+            with Image.open(io.BytesIO(shown[name])) as image:
+                shown[name] = _jpeg(image.convert("RGB"), share)
+        rest, left = rest - len(shown[name]), left - 1
+    return shown
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -106,9 +202,12 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
+    drawn, buffer = io.BytesIO(), io.BytesIO()
     # No Software/Date entries: the same figure gives the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    # Few colours: a palette shows the same in a third of the bytes.
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -116,7 +215,9 @@ def scatter_map(
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     title: str,
-    bounds: tuple[float, float, float, float] | None = None,
+    bounds: tuple[float, float, float, float],
+    discs_km: float | None = None,
+    area: Any = None,
 ) -> bytes:
     """Draw points of several kinds on a plain longitude-latitude map.
 
@@ -124,27 +225,90 @@ def scatter_map(
         layers: name to (longitudes, latitudes), EPSG:4326 degrees; later layers lie on top.
         title: heading.
         bounds: (west, south, east, north) of a frame, such as a region's borders.
+        discs_km: radius of discs around the points of the first layer.
+        area: shapely geometry of degrees that lies below all, such as the registered areas.
 
     Returns:
         A PNG.
     """
-    figure, axes = _figure(5.2, 4.4)
-    latitudes = [0.0]
+    from matplotlib.patches import Ellipse
+
+    figure, axes = _figure(4.6, 5.0)
+    west, south, east, north = bounds
+    north_degree_km = 111.2
+    shrink = max(0.1, float(np.cos(np.radians((south + north) / 2))))
+    if area is not None and not area.is_empty:
+        _fill(axes, area, facecolor="#eef3e6", edgecolor="#7a9a4f", label="registered areas")
     for number, (name, (lon, lat)) in enumerate(layers.items()):
-        axes.scatter(
-            lon, lat, s=5 if number == 0 else 9, alpha=0.6, label=f"{name} ({len(lon):,})", linewidths=0
-        )
-        latitudes = list(lat) or latitudes
-    if bounds:
-        west, south, east, north = bounds
-        axes.plot([west, east, east, west, west], [south, south, north, north, south], color="0.3", lw=0.8)
+        colour = COLOURS[number % len(COLOURS)]
+        if number == 0 and discs_km:
+            height = 2 * discs_km / north_degree_km
+            for x, y in zip(lon, lat, strict=True):
+                axes.add_patch(
+                    Ellipse((x, y), height / shrink, height, facecolor=colour, alpha=0.15, edgecolor="none")
+                )
+        axes.scatter(lon, lat, s=9, color=colour, alpha=0.7, label=f"{name} ({len(lon):,})", linewidths=0)
+    axes.plot([west, east, east, west, west], [south, south, north, north, south], color="0.3", lw=0.8)
+    # What lies beyond the region is shown as far as a disc may reach.
+    margin = (discs_km or 0) / north_degree_km + 0.02 * (north - south)
+    axes.set(xlim=(west - margin / shrink, east + margin / shrink), ylim=(south - margin, north + margin))
+    _as_map(axes, shrink, title)
+    if layers:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False, markerscale=2)
+    return _png(figure)
+
+
+def cell_frames(
+    cells: Mapping[str, tuple[float, float, float, float]], area: Any, *, title: str, most_names: int = 60
+) -> bytes:
+    """Draw areas and the cells of the grid that they touch.
+
+    Args:
+        cells: name to (west, south, east, north), degrees.
+        area: shapely geometry of the areas, degrees.
+        title: heading.
+        most_names: more cells than these are drawn without their names.
+
+    Returns:
+        A PNG.
+    """
+    figure, axes = _figure(5.6, 4.6)
+    _fill(axes, area, facecolor="#cfe2b8", edgecolor="#7a9a4f")
+    latitudes = [0.0]
+    for name, (west, south, east, north) in cells.items():
+        axes.plot([west, east, east, west, west], [south, south, north, north, south], color="0.4", lw=0.7)
         latitudes = [south, north]
-    axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(np.mean(latitudes))))))
+        if len(cells) <= most_names:
+            axes.text((west + east) / 2, (south + north) / 2, name, ha="center", va="center", fontsize=6)
+    _as_map(axes, max(0.1, float(np.cos(np.radians(np.mean(latitudes))))), title)
+    return _png(figure)
+
+
+def _fill(axes: Any, area: Any, **style: Any) -> None:
+    """Fill polygons, holes left open."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    rings = [
+        np.asarray(ring.coords)[:, :2]
+        for polygon in getattr(area, "geoms", [area])
+        if polygon.geom_type == "Polygon"
+        for ring in (polygon.exterior, *polygon.interiors)
+    ]
+    if rings:
+        axes.add_patch(PathPatch(Path.make_compound_path(*map(Path, rings)), lw=0.8, zorder=0, **style))
+        axes.autoscale_view()
+
+
+def _as_map(axes: Any, shrink: float, title: str) -> None:
+    """Axes in degrees, as long as wide on the ground; few ticks, so that their labels have room."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_aspect(1 / shrink)
     axes.set(title=title, xlabel="longitude", ylabel="latitude")
     axes.ticklabel_format(useOffset=False)
-    if layers:
-        axes.legend(fontsize=7, loc="upper right")
-    return _png(figure)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
 
 
 def density_map(lon: np.ndarray, lat: np.ndarray, *, title: str) -> bytes:
@@ -203,27 +367,67 @@ def cell_maps(
             axes.set(ylim=(corners[:, 1].min(), corners[:, 1].max()))
             axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(corners[:, 1].mean())))))
     figure.suptitle(title, fontsize=10)
-    # One colour ramp and black: a palette shows the same in a third of the bytes.
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(_png(figure))) as drawn:
-        drawn.convert("RGB").quantize(64).save(buffer, "PNG")
-    return buffer.getvalue()
+    return _png(figure)
 
 
-def histogram(values: np.ndarray, *, title: str, unit: str) -> bytes:
-    """Draw how a quantity is distributed.
+def histograms(panels: Mapping[str, np.ndarray], *, title: str, bins: int = 40) -> bytes:
+    """Draw how quantities are distributed, one beside the other.
 
     Args:
-        values: finite numbers.
-        title: heading.
-        unit: label of the horizontal axis.
+        panels: label of the horizontal axis, with its unit, to finite numbers; one without any says so.
+        title: heading of all.
+        bins: most bars of each.
 
     Returns:
         A PNG.
     """
-    figure, axes = _figure(4.4, 2.8)
-    axes.hist(values, bins=40, color="#4477aa")
-    axes.set(title=title, xlabel=unit, ylabel="count")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.3 * len(panels) + 0.4, 2.7), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (label, values) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=8)
+        if not len(values):
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes)
+            continue
+        edges: Any = bins
+        if np.issubdtype(np.asarray(values).dtype, np.integer) and np.ptp(values) < bins:
+            # A bar for each number.
+            edges = np.arange(values.min() - 0.5, values.max() + 1)
+        axes.hist(values, bins=edges, color=COLOURS[0])
+        axes.axvline(float(np.median(values)), color=COLOURS[3], lw=1)
+        axes.set_title(f"median {np.median(values):,.3g}, n = {len(values):,}", fontsize=8)
+        if number == 1:
+            axes.set_ylabel("count", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _png(figure)
+
+
+def counts(values: Mapping[str, int], *, title: str, most: int = 12) -> bytes:
+    """Draw counts as bars with their names, longest first, such as rows by the reason why they are not ok.
+
+    Args:
+        values: name to count.
+        title: heading.
+        most: bars; the rest is one bar more.
+
+    Returns:
+        A PNG.
+    """
+    ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
+    if len(ordered) > most:
+        ordered = [*ordered[:most], ("others", sum(count for _, count in ordered[most:]))]
+    figure, axes = _figure(5.0, 0.9 + 0.28 * max(1, len(ordered)))
+    names, heights = [name for name, _ in ordered][::-1], [count for _, count in ordered][::-1]
+    drawn = axes.barh(names, heights, color=COLOURS[3])
+    axes.bar_label(drawn, [f" {count:,}" for count in heights], fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.set_xlim(0, 1.15 * max([1, *heights]))
+    axes.set_title(title, fontsize=10)
     return _png(figure)
 
 

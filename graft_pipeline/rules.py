@@ -28,7 +28,14 @@ DESCRIPTIONS = {
     "rule in force, by scene or by chip.",
     "split_disjointness": "Train and validation share no tile, no photo and no ground.",
     "no_training_ground": "No training tile touches the ground of the benchmark.",
+    "not_empty": "The region has rows. Warns: a region may be empty for good reasons, such as a lake.",
+    "failure_share": "At most a tenth of the rows failed. Warns: failed rows are tried again.",
+    "nodata_share": "At most a twentieth of the tiles has missing pixels in every scene. Warns.",
 }
+#: Rules that warn. All others block what is downstream.
+WARNINGS = frozenset({"not_empty", "failure_share", "nodata_share"})
+#: Shares of rows from which `failure_share` and `nodata_share` warn: more than planets and services lose on bad days.
+MOST_FAILED, MOST_NODATA = 0.1, 0.05
 
 #: A photo's stored pixel may differ by this much from the recomputed one.
 PIXEL_TOLERANCE_PX = 0.01
@@ -105,6 +112,56 @@ def schema(dataset: Dataset, table: pa.Table) -> Finding:
                 problems.append(f"rows are not sorted by {'+'.join(dataset.order)}")
     evidence = {"rows": table.num_rows, "columns": table.num_columns}
     return Finding("schema", len(problems), "; ".join(problems) or "as in graft_pipeline.schemas", evidence)
+
+
+def not_empty(table: pa.Table, advice: str) -> Finding:
+    """Check that a region has rows.
+
+    Args:
+        table: of any dataset.
+        advice: why it may have none, and what to do.
+
+    Returns:
+        The finding, with the advice where there are none.
+    """
+    empty = table.num_rows == 0
+    return Finding(
+        "not_empty", int(empty), advice if empty else f"{table.num_rows} rows", {"rows": table.num_rows}
+    )
+
+
+def failure_share(table: pa.Table) -> Finding:
+    """Count failed rows if they are an unusual share; the commonest reason is named.
+
+    Args:
+        table: rows with `status` and `reason`.
+    """
+    reasons = Counter(table.filter(pc.equal(table["status"], "failed"))["reason"].to_pylist())
+    failed = sum(reasons.values())
+    share = failed / max(1, table.num_rows)
+    worst = f", {reasons.most_common(1)[0][0]} most often" if reasons else ""
+    return Finding(
+        "failure_share",
+        failed if share > MOST_FAILED else 0,
+        f"{failed} of {table.num_rows} rows failed{worst}: see their reasons and `retry_on`",
+        {"share": share, "most": MOST_FAILED},
+    )
+
+
+def nodata_share(chips: pa.Table) -> Finding:
+    """Count tiles with missing pixels in every scene if they are an unusual share.
+
+    Args:
+        chips: CHIPS rows.
+    """
+    without = int(pc.sum(pc.equal(chips["reason"], "nodata")).as_py() or 0)
+    share = without / max(1, chips.num_rows)
+    return Finding(
+        "nodata_share",
+        without if share > MOST_NODATA else 0,
+        f"{without} of {chips.num_rows} tiles have missing pixels in every scene, as at a collection's edge",
+        {"share": share, "most": MOST_NODATA},
+    )
 
 
 def center_spacing(tiles: pa.Table, sensor: Sensor) -> Finding:

@@ -19,6 +19,8 @@ ReadRows = Callable[[str], tuple[pa.Table, UPath]]
 
 BLANK = np.full((8, 8, 3), 245, np.uint8)
 NO_MARKS = np.zeros((0, 2))
+#: Colours that tie a photo to its dot in the chip, one for each photo of a row.
+DOTS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0))
 
 
 def image_sheet(images: pa.Table, folder: UPath, *, seed: int, count: int = 32) -> bytes:
@@ -116,9 +118,18 @@ def _central(chip: np.ndarray, crop_px: int) -> np.ndarray:
 
 
 def pair_sheet(
-    pairs: pa.Table, chips: pa.Table, chip_folder: UPath, images: pa.Table, image_folder: UPath, *, seed: int
+    pairs: pa.Table,
+    chips: pa.Table,
+    chip_folder: UPath,
+    images: pa.Table,
+    image_folder: UPath,
+    *,
+    seed: int,
+    footprint_px: int,
 ) -> bytes:
-    """Six tiles: the chip with its photos' positions as dots, and up to five of those photos beside it.
+    """Six tiles: the chip with its footprint and its photos' positions, and up to five of those photos beside it.
+
+    A photo's frame has the colour of its dot; dots of photos that are not shown are white.
 
     Args:
         pairs: PAIRS rows of one region.
@@ -127,6 +138,7 @@ def pair_sheet(
         images: GROUND_IMAGES rows.
         image_folder: folder of the image shards.
         seed: chooses the tiles.
+        footprint_px: side of the footprint.
 
     Returns:
         A JPEG.
@@ -135,14 +147,103 @@ def pair_sheet(
     several = counts.filter(pc.greater_equal(counts["photo_id_count"], 3))
     # Tiles with several photos show best what a pair is.
     ids = (several if several.num_rows else counts)["tile_id"].combine_chunks()
-    pictures, marks = [], []
+    pictures: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
+    colours: list[list[tuple[int, int, int]]] = []
+    frames: list[tuple[int, int, int] | None] = []
+    squares: list[tuple[float, float, float, float] | None] = []
     for tile_id, chip in sample_chips(chip_folder, chips.filter(pc.is_in(chips["tile_id"], ids)), 6, seed):
         of_tile = pairs.filter(pc.equal(pairs["tile_id"], tile_id))
         around = images.filter(pc.is_in(images["photo_id"], of_tile["photo_id"].combine_chunks()))
-        photos = [array for _, array in sample_images(image_folder, around, 5, seed)]
-        pictures += [chip, *photos, *[BLANK] * (5 - len(photos))]
-        marks += [
-            np.column_stack([of_tile["col_px"].to_numpy(), of_tile["row_px"].to_numpy()]),
-            *[NO_MARKS] * 5,
-        ]
-    return previews.contact_sheet(pictures, columns=6, cell_px=112, marks=marks)
+        photos = dict(sample_images(image_folder, around, len(DOTS), seed))
+        pictures += [chip, *photos.values(), *[BLANK] * (len(DOTS) - len(photos))]
+        marks += [photo_marks(of_tile, list(photos)), *[NO_MARKS] * len(DOTS)]
+        others = of_tile.num_rows - len(photos)
+        colours += [[*DOTS[: len(photos)], *[previews.WHITE] * others], *[[]] * len(DOTS)]
+        frames += [None, *DOTS[: len(photos)], *[None] * (len(DOTS) - len(photos))]
+        squares += [centered_square(chip.shape[0], footprint_px), *[None] * len(DOTS)]
+    return previews.contact_sheet(
+        pictures,
+        columns=1 + len(DOTS),
+        cell_px=112,
+        marks=marks,
+        mark_colours=colours,
+        frames=frames,
+        squares=squares,
+    )
+
+
+def photo_marks(pairs: pa.Table, first: Sequence[str]) -> np.ndarray:
+    """Positions of a tile's photos in its chip.
+
+    Args:
+        pairs: PAIRS rows of one tile.
+        first: ids of the photos that come first, in their order.
+
+    Returns:
+        (M, 2) column and row, pixels.
+    """
+    known = {photo_id: n for n, photo_id in enumerate(first)}
+    order = np.argsort([known.get(i, len(known)) for i in pairs["photo_id"].to_pylist()], kind="stable")
+    return np.column_stack([pairs["col_px"].to_numpy(), pairs["row_px"].to_numpy()])[order]
+
+
+def centered_square(chip_px: int, footprint_px: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a tile's footprint in its chip, pixels."""
+    margin = (chip_px - footprint_px) / 2
+    return (margin, margin, chip_px - margin, chip_px - margin)
+
+
+def scene_charts(scenes: pa.Table, title: str) -> bytes:
+    """When the scenes of a region were acquired, and how cloudy they are, as a PNG.
+
+    Args:
+        scenes: SCENES rows.
+        title: heading.
+    """
+    panels = {"acquired, year": _years(scenes["acquired_at_utc"])}
+    clouds = scenes["cloud_pct"].drop_null().to_numpy()
+    return previews.histograms(panels | ({"cloud of scene, %": clouds} if len(clouds) else {}), title=title)
+
+
+def chip_charts(chips: pa.Table, title: str) -> bytes:
+    """How far chips are from their centre photo in time, and how cloudy they or their scenes are, as a PNG.
+
+    Args:
+        chips: CHIPS rows.
+        title: heading.
+    """
+    names = {
+        "time_difference_days": "scene minus centre photo, days",
+        "cloud_pct": "cloud of scene, %",
+        "chip_cloud_pct": "cloud and shadow of chip, %",
+    }
+    ok = chips.filter(pc.equal(chips["status"], "ok"))
+    values = {label: ok[name].drop_null().to_numpy() for name, label in names.items()}
+    first = next(iter(values))
+    return previews.histograms(
+        {label: found for label, found in values.items() if len(found) or label == first}, title=title
+    )
+
+
+def pair_charts(pairs: pa.Table, title: str) -> bytes:
+    """How many photos tiles have, when they were taken and how far from their scene in time, as a PNG.
+
+    Args:
+        pairs: PAIRS rows.
+        title: heading.
+    """
+    per_tile = pairs.group_by("tile_id").aggregate([("photo_id", "count")])["photo_id_count"].to_numpy()
+    return previews.histograms(
+        {
+            "photos of a tile": per_tile,
+            "photo taken, year": _years(pairs["taken_at_utc"]),
+            "scene minus photo, days": pairs["time_difference_days"].drop_null().to_numpy(),
+        },
+        title=title,
+    )
+
+
+def _years(times: pa.ChunkedArray) -> np.ndarray:
+    """Years of the times that are known, as whole numbers."""
+    return np.asarray(pc.year(times.drop_null()).to_numpy())

@@ -75,6 +75,42 @@ def test_metadata_has_counts_and_a_picture(collected: Any) -> None:
         assert "data:image/" in metadata["preview"].value
 
 
+def test_every_materialisation_says_what_it_cost_and_stays_small(collected: Any) -> None:
+    events = collected.instance.event_log_storage.get_event_records(
+        dg.EventRecordsFilter(dg.DagsterEventType.ASSET_MATERIALIZATION)
+    )
+    sizes = {}
+    for event in (record.event_log_entry for record in events):
+        made = event.dagster_event.step_materialization_data.materialization
+        assert made.metadata["seconds"].value >= 0
+        sizes["/".join(made.asset_key.path)] = len(dg.serialize_value(event))
+    assert max(sizes.values()) < 200_000, sizes
+    assert collected.metadata("flickr_photos")["flickr_calls"].value >= 4
+    assert collected.metadata("ground_images")["image_requests"].value > 20
+    for key in ("flickr_photos", "ground_images", "naip/scenes", "naip/chips"):
+        assert collected.metadata(key)["downloaded_bytes"].value > 10_000
+    # Twenty chips of 448 px do not fit into less, however well they compress.
+    assert collected.metadata("naip/chips")["downloaded_bytes"].value > 1_000_000
+
+
+def test_materialisations_carry_the_lineage_of_their_columns(collected: Any) -> None:
+    lineage = collected.metadata("naip/pairs")["dagster/column_lineage"].column_lineage
+    assert set(lineage.deps_by_column) == set(schemas.PAIRS.schema.names)
+    (scene,) = lineage.deps_by_column["scene_id"]
+    assert (scene.asset_key.to_user_string(), scene.column_name) == ("naip/chips", "scene_id")
+
+
+def test_a_region_that_no_area_covers_warns(planet: Any, deploy: Deploy) -> None:
+    deployment = deploy(planet_url=planet.url)
+    deployment.register(*SMALL)
+    deployment.instance.add_dynamic_partitions("region", ["N10.00E010.00"])
+    result = deployment.materialise("search_locations", partition="N10.00E010.00")
+    (warning,) = [e for e in result.get_asset_check_evaluations() if not e.passed]
+    assert warning.check_name == "not_empty"
+    assert warning.severity == dg.AssetCheckSeverity.WARN
+    assert "graft areas add" in (warning.description or "")
+
+
 def test_sentinel_chips_of_the_same_zone_are_the_scenes_own_pixels(collected: Any, planet: Any) -> None:
     """A chip equals the same pixels cut out of another, larger window of the scene's native grid."""
     place = {"sensor": "sentinel2", "region": REGION}

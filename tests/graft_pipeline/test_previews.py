@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import shapely
 from PIL import Image
 
 from graft_pipeline import previews
@@ -46,7 +47,20 @@ def test_plots_are_pictures_and_the_same_twice() -> None:
         lambda: previews.scatter_map({"photos": (lon, lat)}, title="t", bounds=(-71.1, 41.9, -70.8, 42.2)),
         lambda: previews.density_map(lon, lat, title="t"),
         lambda: previews.density_map(lon[:0], lat[:0], title="nothing"),
-        lambda: previews.histogram(np.arange(10.0), title="t", unit="%"),
+        lambda: previews.scatter_map(
+            {"searched": (lon, lat)},
+            title="t",
+            bounds=(-71.1, 41.9, -70.8, 42.2),
+            discs_km=2.0,
+            area=shapely.box(-71.2, 41.8, -71, 42).union(shapely.box(-70.9, 41.8, -70, 42)),
+        ),
+        lambda: previews.cell_frames(
+            {"N42W071": (-71.0, 42.0, -70.0, 43.0)}, shapely.box(-71.2, 41.8, -71, 42), title="t"
+        ),
+        lambda: previews.histograms({"cloud, %": np.arange(10.0), "days": np.zeros(0)}, title="t"),
+        lambda: previews.histograms({"photos": np.array([1, 1, 2])}, title="t"),
+        lambda: previews.counts({f"reason {n}": n for n in range(20)}, title="t"),
+        lambda: previews.counts({}, title="nothing"),
         lambda: previews.curves({"loss": ([1, 2], [3.0, 2.0])}, title="t", ylabel="loss"),
         lambda: previews.bars({"accuracy": {"encoder": 0.8, "chance": 0.1}}, title="t", ylabel="score"),
         lambda: previews.confusion(np.eye(3, dtype=int), ["a", "b", "c"], title="t"),
@@ -55,6 +69,34 @@ def test_plots_are_pictures_and_the_same_twice() -> None:
         first = call()
         assert opened(first).width > 100
         assert call() == first
+
+
+def test_pictures_of_one_event_are_made_to_fit_together() -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 255, (112, 112, 3), dtype=np.uint8) for _ in range(24)]
+    chart = previews.counts({"burst": 3}, title="t")
+    pictures = {"first": previews.contact_sheet(noise), "chart": chart, "last": previews.contact_sheet(noise)}
+    fitted = previews.fit(pictures)
+    assert sum(map(len, pictures.values())) > previews.EVENT_BYTES >= sum(map(len, fitted.values()))
+    assert list(fitted) == list(pictures)
+    assert fitted["chart"] == chart
+    assert opened(fitted["last"]).width > 300
+
+
+def test_a_dot_has_the_colour_of_its_photo_and_the_footprint_is_drawn() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    sheet = opened(
+        previews.contact_sheet(
+            [image],
+            cell_px=100,
+            marks=[np.array([[30.0, 30.0], [70.0, 70.0]])],
+            mark_colours=[[(0, 0, 255)]],
+            squares=[(10, 10, 90, 90)],
+        )
+    )
+    assert sheet.getpixel((34, 34))[2] > 150 > sheet.getpixel((34, 34))[0]
+    assert sheet.getpixel((74, 74))[0] > 150
+    assert min(sheet.getpixel((14, 54))) > 120
 
 
 def test_overlay_mixes_image_and_palette() -> None:
