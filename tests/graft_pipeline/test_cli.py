@@ -12,6 +12,7 @@ import pytest
 COMMANDS = [
     [],
     ["demo"],
+    ["collect"],
     ["planet"],
     ["planet", "serve"],
     ["areas"],
@@ -20,6 +21,7 @@ COMMANDS = [
     ["photos"],
     ["photos", "purge"],
     ["query"],
+    ["ask"],
     ["map"],
     ["status"],
 ]
@@ -118,6 +120,20 @@ def test_a_root_that_is_no_folder_and_a_demo_in_a_file_are_messages(tmp_path: Pa
     assert "GRAFT_ROOT" in added.stderr
     assert "--folder" in demo.stderr
     assert "Traceback" not in added.stderr + demo.stderr
+
+
+def test_an_area_that_cannot_be_collected_here_is_a_message_and_leaves_nothing(tmp_path: Path) -> None:
+    file, folder = tmp_path / "area.geojson", tmp_path / "deployment"
+    ring = [[0.0, 0.0], [5.0, 0.0], [5.0, 5.0], [0.0, 5.0], [0.0, 0.0]]
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    large = graft("collect", str(file), "--folder", str(folder))
+    assert large.returncode == 1
+    assert "400 regions" in large.stderr
+    assert "backfill" in large.stderr
+    assert not list(folder.glob("data/areas/*"))
+    missing = graft("collect", str(tmp_path / "nowhere.geojson"), "--folder", str(tmp_path / "other"))
+    assert missing.returncode == 1
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_an_area_the_list_says_how_to_add_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 What is done with them is in interpreter.py; rasters that are mapped as a whole are read in ../raster.py.
 """
 
+import warnings
 from pathlib import Path
 
 import duckdb
@@ -10,7 +11,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from upath import UPath
 
 from graft_pipeline.chips import decode
@@ -44,7 +45,10 @@ def read_image(
         DataError: if its pixels cannot be read.
     """
     try:
-        opened = rasterio.open(file)
+        with warnings.catch_warnings():
+            # A picture without coordinates is what `gsd_m` is for.
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            opened = rasterio.open(file)
     except RasterioError as error:
         raise InputError(f"{file} is no image that can be opened ({error}): check the path.") from error
     with opened as source:
