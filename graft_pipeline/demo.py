@@ -133,8 +133,6 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     Raises:
         GraftError: if the folder holds something that no demo made, or cannot be made.
     """
-    if (folder / "settings.env").exists():
-        shutil.rmtree(folder)
     environment = _lay_out(folder, seed, is_small=is_small)
     east, north = AREA["east"], 42.25 if is_small else AREA["north"]
     # Half a region's border inside, so that the corners touch no other region.
@@ -146,11 +144,13 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
 
 
 def _lay_out(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
-    """Make a new deployment's folder: Dagster's home and the settings file, whose variables are returned."""
+    """Make a deployment's folder anew: Dagster's home and the settings file, whose variables are returned."""
     home = folder / "dagster_home"
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
+            if not (folder / "settings.env").exists():
+                raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
+            shutil.rmtree(folder)
         home.mkdir(parents=True)
     except OSError as error:
         raise GraftError(

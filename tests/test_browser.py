@@ -1,5 +1,6 @@
 """A newcomer's walk through the Dagster UI after the demo, in a headless Chromium: `make test-browser`."""
 
+import json
 import os
 import re
 import socket
@@ -107,3 +108,16 @@ def test_checks_passed(ui: str, page: Any) -> None:
     page.goto(f"{ui}/assets/naip/tiles?view=checks")
     page.get_by_text("center_spacing").first.wait_for()
     shot(page, "tiles_checks")
+
+
+def test_an_area_of_ones_own_joins_the_demo(ui: str, page: Any, demo_folder: Path, tmp_path: Path) -> None:
+    ring = [[-70.45, 42.3], [-70.4, 42.3], [-70.4, 42.35], [-70.45, 42.35], [-70.45, 42.3]]
+    file = tmp_path / "my_area.geojson"
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    command = [sys.executable, "-m", "graft_pipeline.cli", "collect", str(file), "--folder", str(demo_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"naip: [1-9][\d,]* pairs .* in 1 regions", done.stdout)
+    page.goto(f"{ui}/assets/naip/pairs?view=partitions&partition=N42.25W070.50")
+    page.get_by_text("dagster/row_count").first.wait_for()
+    shot(page, "my_area")
