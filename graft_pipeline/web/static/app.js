@@ -757,4 +757,5 @@ function restore() {
   run();
 }
 
+window.addEventListener("hashchange", restore);
 start().catch(fail);
