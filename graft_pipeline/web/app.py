@@ -335,7 +335,7 @@ def _refusal(status: int) -> Callable[[Request, Exception], Response]:
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, f"{error.detail}: see the addresses in docs/operations.md.")
+    return _error(error.status_code, f"{error.detail}: see the addresses in docs/how-to/search.md.")
 
 
 def _unexpected(request: Request, error: Exception) -> Response:
