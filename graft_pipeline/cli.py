@@ -383,9 +383,10 @@ def search(
     ] = False,
 ) -> None:
     """Find the tiles that words describe: `graft search "solar farm" --area area.geojson -o hits.geojson`."""
-    from graft_pipeline import schemas, sheets
+    from graft_pipeline import sheets
     from graft_pipeline.areas import read_area
     from graft_pipeline.errors import InputError
+    from graft_pipeline.grid import stored_chips
     from graft_pipeline.manifests import write_bytes_atomic
     from graft_pipeline.search import Filters, SearchIndex, check_hits_name, write_hits
     from graft_pipeline.settings import load_settings
@@ -406,10 +407,7 @@ def search(
         if sheet is not None:
             picture = sheets.search_sheet(
                 {str(words or like or photo): found},
-                lambda region: (
-                    storage.read(schemas.CHIPS, sensor=sensor, region=region),
-                    storage.folder(schemas.CHIPS, sensor=sensor, region=region),
-                ),
+                lambda region: stored_chips(storage.root, sensor, region),
                 crop_px=settings.sensor_records[sensor].crop_px,
             )
             write_bytes_atomic(sheet, picture)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from graft_pipeline import search_index
 from graft_pipeline.errors import InputError
 from graft_pipeline.manifests import connect, remove_partial_files
 from graft_pipeline.schemas import (
@@ -195,6 +196,9 @@ def purge(
                 _purge_partition(at, dataset, _values(folder, dataset), gone)
         if progress:
             progress(done, len(regions))
+    for plan in plans:
+        # Whatever was purged before: an index may be older than that.
+        search_index.refresh(plan.storage.root)
     return report
 
 

@@ -318,6 +318,24 @@ def update(
     return Update(manifest, tuple(made), removed, without_chip, is_changed, time.perf_counter() - started)
 
 
+def refresh(root: "UPath | Path") -> None:
+    """Bring every index below a root up to date, with the encoder that each was made with.
+
+    Args:
+        root: storage root.
+
+    Raises:
+        DataError: if a dataset or an index is damaged.
+        ServiceError: if the disk is full.
+    """
+    for folder in sorted(root.glob("search_index/sensor=*"), key=str):
+        sensor = folder.name.partition("=")[2]
+        known = read_manifest(root, sensor)
+        if known is not None:
+            rows = EXACT_ROWS if known.shortlist is None else known.shortlist.exact_rows
+            update(root, sensor, model_id=known.model_id or None, exact_rows=rows)
+
+
 def _usable(folder: "UPath", known: Manifest | None, model_id: str) -> Manifest:
     """What an update can start from: the parts of that encoder whose files are there."""
     if known is None or known.model_id != model_id:

@@ -19,8 +19,10 @@ from graft_pipeline import search_index
 from graft_pipeline.embeddings import to_column, vectors_of
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.manifests import partition_file, read_table, write_table
+from graft_pipeline.purging import purge
 from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, SEARCH_RESULTS
 from graft_pipeline.search import Filters, SearchIndex, best, write_hits
+from resources.storage import Storage
 
 SENSOR, WIDTH = "naip", 8
 #: South-west corners of the regions, and how many tiles each has.
@@ -299,6 +301,21 @@ def test_an_index_holds_vectors_of_one_encoder(root: UPath) -> None:
     write_region(root, "N41W072", unit(np.ones((3, 5))), corner=(41, -72), model_id="new")
     with pytest.raises(DataError, match="not as wide"):
         search_index.update(root, SENSOR, model_id="new")
+
+
+def test_a_purged_photo_leaves_the_index(
+    tmp_path: Path, snapshot_of: Callable[[UPath], dict[str, bytes]]
+) -> None:
+    root = UPath(tmp_path / "root")
+    collect(root)
+    search_index.update(root, SENSOR, exact_rows=0)
+    before = SearchIndex.open(root, SENSOR).rows
+    purge(Storage(root), ["N42W07100003"], reason="asked", now=datetime(2024, 1, 1, tzinfo=UTC))
+    index = SearchIndex.open(root, SENSOR)
+    assert (index.rows, index.stale) == (before - 1, {})
+    files = snapshot_of(search_index.index_folder(root, SENSOR))
+    assert not [name for name, content in files.items() if b"N42W07100003" in content]
+    assert sum(name.endswith(".faiss") for name in files) == 1
 
 
 def test_damage_is_said_and_healed(tmp_path: Path) -> None:
