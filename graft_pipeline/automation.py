@@ -51,6 +51,8 @@ CARRIED = (
 )
 #: As well, but once an hour: they read all regions.
 OF_ALL_REGIONS = ("search_index", "concept_maps")
+#: What a schedule keeps fresh.
+COLLECTED = ("flickr_photos", "scenes", "pairs")
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
 
@@ -482,6 +484,28 @@ def with_conditions(assets: Iterable[Any]) -> list[Any]:
         return spec.replace_attributes(automation_condition=on_changed_data(spec.key.path[-1]))
 
     return list(dg.map_asset_specs(conditioned, assets))
+
+
+def with_freshness(assets: Iterable[Any], settings: Settings) -> list[Any]:
+    """Give what is collected a freshness policy, so that the UI says when no region was looked at for too long.
+
+    Dagster judges an asset by its latest materialisation, of whatever region; which regions are stale is the
+    schedule's matter.
+
+    Args:
+        assets: all assets of the deployment.
+        settings: how long a search is good for; twice as long is a failure.
+
+    Returns:
+        The same, those of `COLLECTED` with a policy.
+    """
+    good_for = max(timedelta(days=settings.schedule_fresh_days), timedelta(minutes=1))
+    policy = dg.FreshnessPolicy.time_window(fail_window=2 * good_for, warn_window=good_for)
+
+    def judged(spec: dg.AssetSpec) -> dg.AssetSpec:
+        return spec.replace_attributes(freshness_policy=policy) if spec.key.path[-1] in COLLECTED else spec
+
+    return list(dg.map_asset_specs(judged, assets))
 
 
 def on_changed_data(name: str) -> dg.AutomationCondition[Any]:

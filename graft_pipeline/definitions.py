@@ -27,7 +27,13 @@ from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_pl
 from assets.planet import build_planet_assets, planet_foundation
 from assets.search import build_search_assets
 from assets.sensors import build_sensor_assets
-from graft_pipeline.automation import build_jobs, build_schedules, build_sensors, with_conditions
+from graft_pipeline.automation import (
+    build_jobs,
+    build_schedules,
+    build_sensors,
+    with_conditions,
+    with_freshness,
+)
 from graft_pipeline.errors import SettingsError
 from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.progress import LogProgress
@@ -168,7 +174,7 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
     )
     jobs_by_name = {job.name: job for job in jobs}
     return dg.Definitions(
-        assets=with_conditions(assets),
+        assets=with_freshness(with_conditions(assets), settings),
         jobs=jobs,
         schedules=build_schedules(settings, jobs_by_name),
         sensors=build_sensors(settings, jobs_by_name),

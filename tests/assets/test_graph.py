@@ -1,9 +1,11 @@
 """The graph as people read it: descriptions, lineage to what others produce, severity of checks, freshness."""
 
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from assets.keys import CAPTIONED_PHOTOS_KEY, PLANET_TRUTH_KEY, asset_key
 from graft_pipeline import rules, schemas
@@ -31,7 +33,8 @@ def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_everything_is_described(graph: Any) -> None:
     for node in graph.asset_nodes:
-        assert node.description and node.kinds, node.key
+        assert node.description, node.key
+        assert node.kinds, node.key
         if node.is_materializable:
             assert node.code_version, f"{node.key} does not say what code makes it"
             assert node.owners, node.key
@@ -46,7 +49,9 @@ def test_everything_is_described(graph: Any) -> None:
 
 def test_every_asset_goes_back_to_what_others_produce(graph: Any) -> None:
     for node in graph.asset_nodes:
-        above = {key for key in graph.get_ancestor_asset_keys(node.key) if not graph.get(key).is_materializable}
+        above = {
+            key for key in graph.get_ancestor_asset_keys(node.key) if not graph.get(key).is_materializable
+        }
         assert above or not node.is_materializable, f"{node.key} comes from nowhere"
 
 
@@ -55,7 +60,11 @@ def test_nothing_that_is_trained_depends_on_the_truth(graph: Any) -> None:
         if node.key.path[-1] in ("pairs", "training_set", "image_encoder", "pixel_encoder", "search_index"):
             above = graph.get_ancestor_asset_keys(node.key)
             assert PLANET_TRUTH_KEY not in above
-            assert CAPTIONED_PHOTOS_KEY in above or not graph.has(CAPTIONED_PHOTOS_KEY) or node.key.path[-1] == "pairs"
+            assert (
+                CAPTIONED_PHOTOS_KEY in above
+                or not graph.has(CAPTIONED_PHOTOS_KEY)
+                or node.key.path[-1] == "pairs"
+            )
 
 
 def test_columns_name_columns_of_assets_above(graph: Any) -> None:
@@ -72,6 +81,19 @@ def test_columns_name_columns_of_assets_above(graph: Any) -> None:
     pairs = graph.get(dg.AssetKey(["naip", "pairs"])).metadata["dagster/column_lineage"].deps_by_column
     assert set(pairs) == set(schemas.PAIRS.schema.names)
     assert dg.TableColumnDep(asset_key("flickr_photos"), "photo_id") in pairs["photo_id"]
+
+
+def test_what_is_collected_is_fresh_as_long_as_a_search_is_good_for() -> None:
+    graph = build_defs(Settings(_env_file=None, schedule_fresh_days=3.0)).resolve_asset_graph()
+    policies = {
+        node.key.path[-1]: node.freshness_policy for node in graph.asset_nodes if node.freshness_policy
+    }
+    assert set(policies) == {"flickr_photos", "scenes", "pairs"}
+    policy = policies["pairs"]
+    assert isinstance(policy, TimeWindowFreshnessPolicy)
+    assert policy.warn_window
+    assert policy.warn_window.to_timedelta() == timedelta(days=3)
+    assert policy.fail_window.to_timedelta() == timedelta(days=6)
 
 
 def test_only_rules_that_warn_do_not_block(graph: Any) -> None:
