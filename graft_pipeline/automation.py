@@ -18,7 +18,7 @@ import dagster as dg
 # Not public, but the only way to a backfill and to what Dagster's own pages show of partitions.
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
-from dagster._core.storage.tags import PRIORITY_TAG
+from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
 from dagster._core.utils import make_new_backfill_id
 
 from graft_pipeline import areas, incremental
@@ -55,6 +55,8 @@ OF_ALL_REGIONS = ("search_index", "concept_maps")
 COLLECTED = ("flickr_photos", "scenes", "pairs")
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
+#: A region takes minutes. What has been at it for so long has died with its code server, and makes way in the queue.
+MAX_RUNTIME = {MAX_RUNTIME_SECONDS_TAG: str(12 * 3600)}
 
 
 def keys_of(sensors: Iterable[str], names: Sequence[str]) -> list[dg.AssetKey]:
@@ -91,6 +93,7 @@ def build_jobs(
             "collect_region",
             select(*region_keys(names)),
             description="One region from Flickr search to the pair manifests of every sensor.",
+            tags=MAX_RUNTIME,
         ),
         dg.define_asset_job(
             "learn",
@@ -624,7 +627,7 @@ def launch_backfill(
         partition_names=sorted(regions),
         asset_selection=region_keys(sensors),
         backfill_timestamp=datetime.now(UTC).timestamp(),
-        tags={"graft/reason": "backfill", **{f"graft/area/{name}": "true" for name in names}},
+        tags={**MAX_RUNTIME, "graft/reason": "backfill", **{f"graft/area/{name}": "true" for name in names}},
         dynamic_partitions_store=instance,
         all_partitions=False,
         title=title,

@@ -1,0 +1,273 @@
+"""What starts by itself, on a real instance: regions that are due, new areas, what changed data asks for, backfills."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import PARTITION_NAME_TAG
+from typer.testing import CliRunner
+
+from graft_pipeline import automation, schemas
+from graft_pipeline.cli import app
+from graft_pipeline.errors import InputError, SettingsError
+from graft_pipeline.manifests import write_bytes_atomic
+from graft_pipeline.purging import purge
+
+Deploy = Callable[..., Any]
+#: One sensor: half the graph to evaluate.
+NAIP = [{"name": "naip"}]
+REGION = "N42.00W071.50"
+SMALL = (-71.45, 42.05, -71.35, 42.15)
+TICK = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def box(deployment: Any, name: str, *bounds: float) -> None:
+    """Register an area as `graft areas add` does, and nothing else."""
+    from shapely.geometry import box as polygon
+
+    from graft_pipeline import areas
+
+    areas.register_area(deployment.storage.areas_folder, areas.Area(name, polygon(*bounds)))
+
+
+def report(
+    deployment: Any, key: str, partition: str | None = None, version: str = "1", **metadata: Any
+) -> None:
+    """A materialisation, as an event alone."""
+    deployment.instance.report_runless_asset_event(
+        dg.AssetMaterialization(
+            dg.AssetKey(key.split("/")),
+            partition=partition,
+            metadata=metadata,
+            tags={"dagster/data_version": version},
+        )
+    )
+
+
+def start(deployment: Any, region: str, status: dg.DagsterRunStatus) -> None:
+    """A run of a region that has come as far as that."""
+    deployment.instance.create_run_for_job(
+        deployment.definitions.resolve_job_def("collect_region"),
+        tags={PARTITION_NAME_TAG: region},
+        status=status,
+    )
+
+
+def tick(deployment: Any, at: datetime = TICK) -> list[str]:
+    """Regions that the schedule starts."""
+    schedule = deployment.definitions.resolve_schedule_def("collect_stale_regions")
+    context = dg.build_schedule_context(
+        instance=deployment.instance,
+        scheduled_execution_time=at,
+        repository_def=deployment.definitions.get_repository_def(),
+    )
+    return [request.partition_key for request in schedule.evaluate_tick(context).run_requests]
+
+
+def due(deployment: Any, name: str, cursor: str | None) -> dg.SensorResult:
+    """What a sensor wants."""
+    sensor = deployment.definitions.resolve_sensor_def(name)
+    return sensor.evaluate_tick(
+        dg.build_sensor_context(
+            instance=deployment.instance, cursor=cursor, definitions=deployment.definitions
+        )
+    )
+
+
+def test_nothing_starts_by_itself_in_a_fresh_deployment(deploy: Deploy) -> None:
+    repository = deploy(sensors=NAIP).definitions.get_repository_def()
+    assert [s.default_status for s in repository.schedule_defs] == [dg.DefaultScheduleStatus.STOPPED]
+    assert {s.name: s.default_status.value for s in repository.sensor_defs} == dict.fromkeys(
+        ["carry_changes", "register_new_areas", "train_on_change"], "STOPPED"
+    )
+
+
+def test_the_schedule_starts_what_is_due_and_nothing_that_is_under_way(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP, schedule_max_regions="5")
+    regions = [f"N42.00W071.{part}" for part in ("00", "25", "50", "75")] + ["N42.00W072.00"]
+    missing, queued, failed, fresh, stale = regions
+    deployment.instance.add_dynamic_partitions("region", regions)
+    for region in (fresh, stale):
+        report(deployment, "flickr_photos", region, flickr_calls=7, photos_per_day=1.0)
+    start(deployment, queued, dg.DagsterRunStatus.STARTING)
+    start(deployment, failed, dg.DagsterRunStatus.FAILURE)
+    now = datetime.now(UTC)
+    assert tick(deployment, now) == [missing]
+    # A week and a day later: what failed is tried again, what was searched is stale.
+    later = now + timedelta(days=8)
+    assert tick(deployment, later)[0] == missing
+    assert set(tick(deployment, later)) == {missing, failed, fresh, stale}
+    start(deployment, missing, dg.DagsterRunStatus.STARTED)
+    assert missing not in tick(deployment, later)
+
+
+def test_the_schedule_keeps_within_flickrs_quota(deploy: Deploy) -> None:
+    # 100 calls an hour, 40 a search: of three regions two.
+    deployment = deploy(
+        sensors=NAIP, flickr_calls_per_hour="100", schedule_quota_share="1", search_locations_per_region="40"
+    )
+    regions = ["N42.00W071.00", "N42.00W071.25", "N42.00W071.50"]
+    deployment.instance.add_dynamic_partitions("region", regions)
+    assert tick(deployment) == regions[:2]
+    start(deployment, regions[0], dg.DagsterRunStatus.STARTING)
+    assert tick(deployment) == regions[1:2]
+
+
+def test_a_new_or_changed_area_is_registered_once(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP)
+    assert not due(deployment, "register_new_areas", None).run_requests
+    keys, cursor = [], None
+    for east in (-71.35, -71.30, -71.35):
+        box(deployment, "here", -71.45, 42.05, east, 42.15)
+        found = due(deployment, "register_new_areas", cursor)
+        assert found.run_requests == due(deployment, "register_new_areas", cursor).run_requests
+        keys += [request.run_key for request in found.run_requests]
+        cursor = found.cursor
+        assert not due(deployment, "register_new_areas", cursor).run_requests
+    assert len(set(keys)) == 3, "an area that comes back is another change"
+
+
+def test_areas_in_a_bucket_are_noticed_too(deploy: Deploy, s3_root: str) -> None:
+    deployment = deploy(sensors=NAIP, root=s3_root)
+    assert not due(deployment, "register_new_areas", None).run_requests
+    box(deployment, "here", *SMALL)
+    found = due(deployment, "register_new_areas", None)
+    assert len(found.run_requests) == 1
+    write_bytes_atomic(deployment.storage.areas_folder / "there.geojson", b"{}")
+    assert len(due(deployment, "register_new_areas", found.cursor).run_requests) == 1
+
+
+def test_training_follows_pairs_and_training_sets_that_changed(
+    deploy: Deploy,
+) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="0")
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+
+    def wanted(cursor: str | None) -> tuple[list[list[str]], str]:
+        found = due(deployment, "train_on_change", cursor)
+        return [[key.to_user_string() for key in r.asset_selection] for r in found.run_requests], found.cursor
+
+    assert wanted(None)[0] == []
+    report(deployment, "naip/pairs", REGION, "1")
+    requests, cursor = wanted(None)
+    assert requests == [["naip/training_set"]]
+    report(deployment, "naip/training_set", fingerprint="a")
+    requests, cursor = wanted(cursor)
+    assert requests == [["naip/image_encoder", "naip/pixel_encoder"]]
+    for level in ("image", "pixel"):
+        report(deployment, f"naip/{level}_encoder", training_set="snapshot=a")
+    assert wanted(cursor)[0] == []
+    report(deployment, "naip/pairs", REGION, "1")
+    assert wanted(cursor)[0] == [], "made again, the same"
+    report(deployment, "naip/pairs", REGION, "2")
+    requests, cursor = wanted(cursor)
+    assert requests == [["naip/training_set"]]
+    report(deployment, "naip/training_set", fingerprint="a")
+    assert wanted(cursor)[0] == [], "other pairs, the same training set"
+
+
+def test_training_keeps_its_interval_and_starts_nothing_twice(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1")
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    report(deployment, "naip/pairs", REGION, "1")
+    first = due(deployment, "train_on_change", None)
+    assert [r.run_key for r in first.run_requests] == [
+        r.run_key for r in due(deployment, "train_on_change", None).run_requests
+    ]
+    report(deployment, "naip/training_set", fingerprint="a")
+    report(deployment, "naip/pairs", REGION, "2")
+    later = due(deployment, "train_on_change", first.cursor)
+    # The encoders were never trained, and need not wait.
+    assert [r.asset_selection[0].path[-1] for r in later.run_requests] == ["image_encoder"]
+    deployment.instance.create_run_for_job(
+        deployment.definitions.resolve_job_def("learn"), status=dg.DagsterRunStatus.STARTING
+    )
+    waiting = due(deployment, "train_on_change", first.cursor)
+    assert not waiting.run_requests
+    assert "queued or in progress" in str(waiting.skip_message)
+
+
+@pytest.fixture
+def evaluated(planet: Any, deploy: Deploy) -> Any:
+    """A collected region, and a function that evaluates the conditions: what they ask for since its last call."""
+    deployment = deploy(sensors=NAIP, planet_url=planet.url, search_locations_per_region="2")
+    cursor = None
+
+    def requested() -> set[str]:
+        nonlocal cursor
+        result = dg.evaluate_automation_conditions(deployment.definitions, deployment.instance, cursor=cursor)
+        cursor = result.cursor
+        keys = deployment.definitions.resolve_asset_graph().get_all_asset_keys()
+        return {key.to_user_string() for key in keys if result.get_requested_partitions(key)}
+
+    deployment.register(*SMALL)
+    requested()
+    deployment.collect(REGION, "naip")
+    return deployment, requested
+
+
+def test_only_data_that_changed_is_carried_on(evaluated: Any) -> None:
+    deployment, requested = evaluated
+    assert requested() == set(), "a run of the region is complete in itself"
+    deployment.materialise("flickr_photos", "naip/scenes", partition=REGION)
+    assert requested() == set(), "an unchanged re-scrape"
+    photo = deployment.storage.read(schemas.FLICKR_PHOTOS, region=REGION)["photo_id"][0].as_py()
+    purge(deployment.storage, [photo], [], reason="asked", now=datetime.now(UTC))
+    deployment.materialise("flickr_photos", partition=REGION)
+    downstream = {"ground_images", "ground_embeddings", "outdoor_photos"}
+    downstream |= {f"naip/{name}" for name in ("tiles", "chips", "pairs")}
+    assert requested() == downstream
+    assert requested() == set(), "once"
+    deployment.materialise(*downstream, partition=REGION)
+    assert requested() == set()
+
+
+def test_a_new_encoder_is_carried_to_every_regions_embeddings(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP)
+    regions = {REGION, "N42.00W071.75"}
+    deployment.instance.add_dynamic_partitions("region", sorted(regions))
+    for region in regions:
+        for name in ("tiles", "chips", "chip_embeddings"):
+            report(deployment, f"naip/{name}", region)
+    cursor = dg.evaluate_automation_conditions(deployment.definitions, deployment.instance).cursor
+    report(deployment, "naip/image_encoder", version="new")
+    found = dg.evaluate_automation_conditions(deployment.definitions, deployment.instance, cursor=cursor)
+    assert found.get_requested_partitions(dg.AssetKey(["naip", "chip_embeddings"])) == regions
+    assert found.total_requested == 2
+
+
+def test_a_backfill_from_the_command_line_is_requested_once(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(sensors=NAIP)
+    monkeypatch.setenv("DAGSTER_HOME", str(deployment.folder))
+    box(deployment, "here", -71.45, 42.05, -71.05, 42.15)
+    box(deployment, "there", -70.45, 42.05, -70.35, 42.15)
+    regions = ["N42.00W071.25", "N42.00W071.50", "N42.00W070.50"]
+    deployment.instance.add_dynamic_partitions("region", regions)
+    report(deployment, "flickr_photos", regions[0])
+    run = CliRunner().invoke
+    shown = run(app, ["backfill", "--area", "here", "--dry-run"])
+    assert "1 of 2 regions (1 missing" in shown.output
+    assert not deployment.instance.get_backfills()
+    assert "is requested" in run(app, ["backfill", "--area", "here"]).output
+    (backfill,) = deployment.instance.get_backfills()
+    target = backfill.asset_backfill_data.target_subset
+    assert target.num_partitions_and_non_partitioned_assets == len(automation.region_keys(["naip"]))
+    assert automation._partitions_of_backfills(deployment.instance) == {regions[1]}
+    assert backfill.tags["graft/area/here"] == "true"
+    assert "0 of 2 regions" in run(app, ["backfill", "--area", "here"]).output
+    assert "2 of 3 regions" in run(app, ["backfill", "--stale-days", "0"]).output
+    assert len(deployment.instance.get_backfills()) == 2
+    assert tick(deployment) == [], "the schedule leaves alone what a backfill will collect"
+
+
+def test_a_backfill_says_what_it_needs(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = deploy(sensors=NAIP)
+    with pytest.raises(SettingsError, match="DAGSTER_HOME"), automation.deployed_instance():
+        pass
+    monkeypatch.setenv("DAGSTER_HOME", str(deployment.folder))
+    with pytest.raises(InputError, match="graft areas add"):
+        automation.regions_of(deployment.storage, ["nowhere"], 0.25)
