@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from assets.history import history
 from graft_pipeline import schemas
 from graft_pipeline.chips import decode, to_uint8
 from graft_pipeline.embeddings import read_images
 from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import SENTINEL2
+from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
+from graft_pipeline.trace import trace
 from resources.earth_engine import EarthEngine
 
 Deploy = Callable[..., Any]
@@ -98,6 +101,25 @@ def test_materialisations_carry_the_lineage_of_their_columns(collected: Any) -> 
     assert set(lineage.deps_by_column) == set(schemas.PAIRS.schema.names)
     (scene,) = lineage.deps_by_column["scene_id"]
     assert (scene.asset_key.to_user_string(), scene.column_name) == ("naip/chips", "scene_id")
+
+
+def test_a_tile_is_traced_back_to_the_runs_that_made_it(collected: Any) -> None:
+    pairs = collected.storage.read(schemas.PAIRS, sensor="naip", region=REGION)
+    found = trace(collected.storage.root, pairs["tile_id"][0].as_py())
+    steps = {step.asset: step for step in history(collected.instance, found)}
+    assert list(steps) == [
+        "regions",
+        "openclip/foundation",
+        *("search_locations", "flickr_photos", "ground_images", "ground_embeddings", "outdoor_photos"),
+        *("naip/scenes", "naip/tiles", "naip/chips", "naip/pairs"),
+    ]
+    made = steps["naip/pairs"]
+    assert made.run_id == steps["flickr_photos"].run_id != steps["regions"].run_id
+    assert made.code_version == code_version("graft_pipeline.pairing")
+    assert made.seconds is not None
+    assert {check.name: check.outcome for check in made.checks} == dict.fromkeys(
+        ("schema", "footprint_membership", "photo_cap", "split_disjointness", "not_empty"), "passed"
+    )
 
 
 def test_a_region_that_no_area_covers_warns(planet: Any, deploy: Deploy) -> None:
