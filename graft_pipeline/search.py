@@ -5,7 +5,7 @@ How the index comes about is in search_index.py; how words become a vector, in t
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ class _OpenPart:
     """A region's part; its file is opened when its rows are first asked for."""
 
     def __init__(self, path: "UPath", region: str, part: Part) -> None:
-        self._path, self.region, self.rows, self.bounds = path, region, part.rows, part.bounds
+        self._path, self.region, self.rows = path, region, part.rows
 
     @cached_property
     def _opened(self) -> tuple[pa.RecordBatch, npt.NDArray[np.float32]]:
@@ -103,12 +103,8 @@ class _OpenPart:
 
         admitted: npt.NDArray[np.bool_] | None = None
         if filters.area is not None:
-            box = shapely.box(*self.bounds)
-            if not filters.area.intersects(box):
-                return np.zeros(self.rows, dtype=np.bool_)
-            if not filters.area.covers(box):
-                lon, lat = self.numbers("center_lon_deg"), self.numbers("center_lat_deg")
-                admitted = np.asarray(shapely.intersects_xy(filters.area, lon, lat))
+            lon, lat = self.numbers("center_lon_deg"), self.numbers("center_lat_deg")
+            admitted = np.asarray(shapely.intersects_xy(filters.area, lon, lat))
         for day, is_first in ((filters.since, True), (filters.until, False)):
             if day is not None:
                 start = np.datetime64(datetime.combine(day, time()), "ms")
@@ -150,11 +146,9 @@ class SearchIndex:
         self.sensor, self.model_id, self.width = sensor, manifest.model_id, manifest.width
         self.stale = stale
         self._folder, self._manifest = folder, manifest
-        self._parts = [
-            _OpenPart(folder / part.file, region, part)
-            for region, part in manifest.parts.items()
-            if part.rows
-        ]
+        parts = {region: part for region, part in manifest.parts.items() if part.rows}
+        self._parts = [_OpenPart(folder / part.file, region, part) for region, part in parts.items()]
+        self._bounds = np.array([part.bounds for part in parts.values()])
 
     @classmethod
     def open(cls, root: "UPath | Path", sensor: str) -> Self:
@@ -266,8 +260,7 @@ class SearchIndex:
         if is_exact or has is None or count <= has.exact_rows or top > _MOST_SHORTLISTED:
             found = [_nearest(part, _rows_of(mask), vector, top) for part, mask, _ in admitted]
         else:
-            rows = self._shortlisted(has, vector, top, admitted, is_all=count == self.rows)
-            found = [_nearest(part, some, vector, top) for part, some in rows]
+            found = self._shortlisted(has, vector, top, admitted, is_all=count == self.rows)
         return _results(_merged(found, top))
 
     def scores(self, vector: npt.NDArray[np.float32], filters: Filters = Filters()) -> pa.Table:
@@ -307,8 +300,8 @@ class SearchIndex:
         admitted: Sequence[_Admitted],
         *,
         is_all: bool,
-    ) -> list[tuple[_OpenPart, npt.NDArray[np.int64]]]:
-        """Rows of each part that are worth scoring."""
+    ) -> list[_Hits]:
+        """Those rows of each part that are worth scoring, scored."""
         mask: npt.NDArray[np.bool_] | None = None
         if not is_all:
             mask = np.zeros(has.next_id, dtype=np.bool_)
@@ -319,23 +312,37 @@ class SearchIndex:
         firsts = np.array([has.first_ids[part.region] for part, _, _ in admitted])
         begins = np.searchsorted(ids, firsts)
         ends = np.searchsorted(ids, firsts + [part.rows for part, _, _ in admitted])
-        return [
-            (part, ids[begin:end] - first)
+        runs = [
+            (part, ids[begin:end] - first, slice(begin, end))
             for (part, _, _), first, begin, end in zip(admitted, firsts, begins, ends, strict=True)
             if end > begin
         ]
+        # One product for all: there may be a thousand parts with two candidates each.
+        vectors = np.empty((len(ids), self.width), dtype=np.float32)
+        for part, rows, run in runs:
+            vectors[run] = part.vectors[rows]
+        scores = vectors @ vector
+        return [_Hits(part, rows, scores[run]) for part, rows, run in runs]
 
     def _admitted(self, filters: Filters) -> list[_Admitted]:
         """Parts that have admitted tiles."""
-        if filters.area is not None:
-            import shapely
+        import shapely
 
+        touched = is_inside = np.ones(len(self._parts), dtype=np.bool_)
+        if filters.area is not None:
             shapely.prepare(filters.area)
-        masks = ((part, part.admitted(filters)) for part in self._parts)
-        counted = (
-            (part, mask, part.rows if mask is None else int(np.count_nonzero(mask))) for part, mask in masks
-        )
-        return [(part, mask, count) for part, mask, count in counted if count]
+            boxes = shapely.box(*self._bounds.T)
+            touched = np.asarray(shapely.intersects(filters.area, boxes))
+            is_inside = np.asarray(shapely.covers(filters.area, boxes))
+        rest = replace(filters, area=None)
+        found = []
+        for number in np.flatnonzero(touched):
+            part = self._parts[number]
+            mask = part.admitted(rest if is_inside[number] else filters)
+            count = part.rows if mask is None else int(np.count_nonzero(mask))
+            if count:
+                found.append((part, mask, count))
+        return found
 
     def _query(self, vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if vector.shape != (self.width,):

@@ -328,8 +328,8 @@ def refresh(root: "UPath | Path") -> None:
         DataError: if a dataset or an index is damaged.
         ServiceError: if the disk is full.
     """
-    for folder in sorted(root.glob("search_index/sensor=*"), key=str):
-        sensor = folder.name.partition("=")[2]
+    folders = [str(folder) for folder in root.glob("search_index/sensor=*")]
+    for sensor in sorted(folder.rpartition("sensor=")[2] for folder in folders):
         known = read_manifest(root, sensor)
         if known is not None:
             rows = EXACT_ROWS if known.shortlist is None else known.shortlist.exact_rows

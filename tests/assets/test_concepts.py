@@ -12,11 +12,14 @@ import pyarrow.compute as pc
 import pytest
 import rasterio
 import shapely
+from PIL import Image
 from typer.testing import CliRunner
 
-from graft_pipeline import schemas
+from graft_pipeline import schemas, search_index
 from graft_pipeline.cli import app
+from graft_pipeline.errors import InputError
 from graft_pipeline.grid import grid_sensor
+from graft_pipeline.ground_images import sample_images
 from graft_pipeline.imagery import NAIP
 from graft_pipeline.search import Filters, SearchIndex
 from resources.storage import Storage
@@ -74,6 +77,57 @@ def test_grid_and_photos_are_searched_together(mapped: Any) -> None:
     found = index.search(np.ones(index.width, np.float32), index.rows, Filters())
     sensors = [tile_id.partition("-")[0] for tile_id in found["tile_id"].to_pylist()]
     assert (sensors.count("naip"), sensors.count("naip_grid")) == (of_photos, of_grid)
+
+
+def test_the_index_shows_examples_and_counts(mapped: Any) -> None:
+    metadata = mapped.metadata("naip/search_index")
+    index = SearchIndex.open(mapped.storage.root, "naip")
+    assert metadata["dagster/row_count"].value == index.rows
+    assert (metadata["regions"].value, metadata["regions_made"].value) == (1, 1)
+    files = sum(
+        file.stat().st_size for file in search_index.index_folder(mapped.storage.root, "naip").iterdir()
+    )
+    assert 0 < metadata["size_bytes"].value < files
+    assert "data:image/jpeg" in metadata["preview"].value
+
+
+def test_the_command_line_searches_a_part_of_it(
+    mapped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = shapely.box(*AREA[:2], -71.42, AREA[3])
+    geopandas.GeoSeries([box], crs="EPSG:4326").to_file(tmp_path / "half.geojson")
+    monkeypatch.setenv("GRAFT_ROOT", str(mapped.storage.root))
+    monkeypatch.setenv("GRAFT_WORLD", "planet")
+
+    def graft(*words: str) -> tuple[Any, Any]:
+        paths = ["-o", str(tmp_path / "hits.geojson"), "--sheet", str(tmp_path / "hits.jpg")]
+        done = CliRunner().invoke(app, ["search", *words, *paths], catch_exceptions=False)
+        return done, geopandas.read_file(tmp_path / "hits.geojson")
+
+    index = SearchIndex.open(mapped.storage.root, "naip")
+    done, frame = graft("forest", "--area", str(tmp_path / "half.geojson"), "--top", "5")
+    assert done.exit_code == 0
+    assert all(tile_id in done.stdout for tile_id in frame["tile_id"])
+    assert (len(frame), frame["score"].is_monotonic_decreasing) == (5, True)
+    assert frame.geometry.within(box).all()
+    assert (tmp_path / "hits.jpg").read_bytes()[:2] == b"\xff\xd8"
+    some = frame["tile_id"][2]
+    _, frame = graft("--like", some, "--top", "3", "--until", "2100-01-01")
+    assert (frame["tile_id"][0], frame["score"][0]) == (some, pytest.approx(1, abs=1e-5))
+    images = mapped.storage.read(schemas.GROUND_IMAGES, region=REGION)
+    _, photo = sample_images(mapped.storage.folder(schemas.GROUND_IMAGES, region=REGION), images, 1)[0]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    _, frame = graft("--photo", str(tmp_path / "photo.png"), "--since", "2000-01-01", "--exact")
+    assert len(frame) == min(50, index.rows)
+    for wrong, message in (
+        (["forest", "--like", some], "Say what is searched for"),
+        (["--like", "naip-nothing"], "no tile 'naip-nothing'"),
+        (["forest", "--sensor", "radar"], "No sensor 'radar'"),
+        (["--photo", str(tmp_path / "none.png")], "No such file"),
+        (["forest", "-o", "hits.shp"], "end its name in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(app, ["search", *wrong], catch_exceptions=False)
 
 
 def test_maps_of_the_configured_concepts_lie_in_three_forms(mapped: Any) -> None:
