@@ -22,6 +22,7 @@ COMMANDS = [
     ["photos", "purge"],
     ["query"],
     ["ask"],
+    ["search"],
     ["map"],
     ["status"],
 ]
