@@ -92,7 +92,7 @@ def create_app(
     shows_copies: bool = False,
     host: str = "127.0.0.1",
     max_points: int = MAX_POINTS,
-) -> Starlette:
+) -> App:
     """The search page of one sensor.
 
     Args:
@@ -112,7 +112,7 @@ def create_app(
     """
     pages = _Pages(root, index, sensor, encode_text, grid_deg, basemap or Basemap(), shows_copies, max_points)
     hosts = [*LOOPBACK] if host in LOOPBACK else ["*"]
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", pages.page),
             Route("/health", pages.health),
@@ -128,7 +128,6 @@ def create_app(
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[
-            Middleware(_Headers, headers=_security_headers(pages.base)),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(_Bounds),
             Middleware(GZipMiddleware, minimum_size=2000),
@@ -141,6 +140,8 @@ def create_app(
             Exception: _unexpected,
         },
     )
+    # Around everything, so that no answer is without them.
+    return _Headers(app, _security_headers(pages.base))
 
 
 class _Pages:

@@ -9,12 +9,12 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
-from starlette.applications import Starlette
 
 from graft_pipeline.errors import InputError, ServiceError
+from graft_pipeline.web.app import App
 
 
-def run(app: Starlette, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+def run(app: App, host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """Serve an application until the process is interrupted.
 
     Args:

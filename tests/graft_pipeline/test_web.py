@@ -385,6 +385,18 @@ def test_every_answer_carries_the_policy(made: SimpleNamespace) -> None:
     assert requests.post(f"{made.real}/api/search", timeout=30).status_code == 405
 
 
+def test_a_failure_of_ours_shows_nothing_of_this_machine(made: SimpleNamespace, tmp_path: Path) -> None:
+    def draw(z: int, x: int, y: int) -> bytes:
+        raise OSError(f"{tmp_path} is secret")
+
+    with serving(app_of(made.root, basemap=Basemap(draw=draw))) as url:
+        answer = requests.get(f"{url}/basemap/10/300/300.png", timeout=30)
+        assert answer.status_code == 500
+        assert "log" in answer.json()["error"]
+        assert "secret" not in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
 def test_a_name_that_is_not_loopback_is_not_answered(made: SimpleNamespace) -> None:
     answer = requests.get(f"{made.planet}/api/about", headers={"Host": "evil.example.org"}, timeout=30)
     assert answer.status_code == 400
