@@ -206,6 +206,8 @@ def test_one_command_answers_and_puts_the_papers_table_beside(
         "| ViperGPT with GRAFT (paper) | questions | 61.46 | 32.04 | 50.34 | 44.38 | 44.05 |  |" in markdown
     )
     assert "| toy | questions | 100.00 ± 0.00 | 100.00 ± 0.00 |  | 0.00 ± 0.00 |" in markdown
+    assert "- toy gave no answer, which counts as wrong: no program 1" in markdown
+    assert "No other split is there" in markdown
     few = CliRunner().invoke(app, [*command, "--questions", "3"])
     assert "3 questions of" in few.output
     unset = CliRunner().invoke(app, [*command, "--writer", "endpoint"])
