@@ -14,7 +14,7 @@ BOUNDS = (-70.5, 43.0, -70.2, 43.2)
 
 @pytest.fixture(scope="module")
 def deployment(planet, deploy_for_module, tmp_path_factory):
-    """With questions, their scores and an evaluation; its encoder is any open_clip folder, what it knows is not the point here."""
+    """With questions, their scores and an evaluation; its encoder is any CLIP: what it knows is not the point here."""
     published = tmp_path_factory.mktemp("published")
     deployment = deploy_for_module(
         planet_url=planet.url, benchmark_bounds=BOUNDS, evaluation_data={"rsvqa_hr": str(published)}
