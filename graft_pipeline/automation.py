@@ -48,6 +48,7 @@ CARRIED = (
     "chips",
     "pairs",
     "chip_embeddings",
+    "grid_embeddings",
 )
 #: As well, but once an hour: they read all regions.
 OF_ALL_REGIONS = ("search_index", "concept_maps")
@@ -535,7 +536,7 @@ def on_changed_data(name: str) -> dg.AutomationCondition[Any]:
     # Within a region's own run assets follow their inputs already.
     handled = condition.newly_requested() | condition.newly_updated()
     trigger: dg.AutomationCondition[Any] = condition.any_deps_match(changed | condition.will_be_requested())
-    if name == "chip_embeddings":
+    if name.endswith("_embeddings") and name != "ground_embeddings":
         # What was embedded while its encoder was being replaced has to be embedded once more.
         encoder = dg.AssetSelection.key_substring("image_encoder")
         replaced = condition.any_deps_match(changed).allow(encoder).since(condition.newly_requested())
