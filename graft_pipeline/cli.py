@@ -625,6 +625,8 @@ def ask(
     sam: Annotated[
         str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
     ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Longest run of the program.")] = 120.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
 ) -> None:
     """Answer a question about an image, with the program and the evidence: `graft ask scene.tif "Where is ..."`."""
     from graft_pipeline.errors import InputError
@@ -634,7 +636,7 @@ def ask(
     from training.zero_shot.answering import evidence as drawing
     from training.zero_shot.answering.detection import PixelDetector
     from training.zero_shot.answering.images import read_image, read_tile
-    from training.zero_shot.answering.interpreter import Interpreter
+    from training.zero_shot.answering.interpreter import Interpreter, Limits
     from training.zero_shot.answering.language import parse
     from training.zero_shot.answering.writers import with_grammar
     from training.zero_shot.prompted import Sam
@@ -667,10 +669,11 @@ def ask(
             f"{folder} holds no encoder: materialise {name}/pixel_encoder, or name one with --encoder."
         )
     named = encoder or f"local-dir:{folder}"
-    clip = load_clip(f"local-dir:{named}" if Path(named).is_dir() else named, pretrained)
+    clip = load_clip(f"local-dir:{named}" if Path(named).is_dir() else named, pretrained, device)
     vocabulary = load_prompts(prompts or ("planet" if settings.is_planet else "naip_osm"))
-    detector = PixelDetector(clip, vocabulary, record.gsd_m, masks=None if sam is None else Sam(sam).masks)
-    answer = Interpreter(detector).run(parsed, looked_at)
+    masks = None if sam is None else Sam(sam, device=device).masks
+    detector = PixelDetector(clip, vocabulary, record.gsd_m, masks=masks)
+    answer = Interpreter(detector, Limits(seconds=seconds)).run(parsed, looked_at)
     typer.echo(f"{answer.text}\n\n{parsed.text}")
     _table("Steps", ["call", "gave"], [[step.call, step.shown] for step in answer.evidence.steps])
     _table(

@@ -212,7 +212,7 @@ def test_outlines_replace_blurred_objects_and_part_those_that_touch():
     scores[5:12, 70:80] = 0.7
     found = components(scores, "roof", **OPTIONS)
     assert len(found) == 2
-    made = refined(found, pixels, scores, by_colour, apart_px=12)
+    made = refined(found, pixels, scores, by_colour, 12, tick)
     boxes = sorted((of.top, of.left, of.bottom, of.right) for of in made)
     # The ground is far larger than the second blur, which stays as it is.
     assert boxes == [(5, 70, 12, 80), (20, 10, 40, 30), (20, 30, 40, 50)]

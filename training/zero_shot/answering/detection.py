@@ -38,6 +38,8 @@ _MASK_SHARE, _MASK_TIMES = 0.5, 4.0
 _SAME_SHARE = 0.5
 #: Points of one object that SAM is asked about, at most.
 _POINTS = 16
+#: Pixels of masks that are held at once, about.
+_MASK_PIXELS = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class PixelDetector:
             gap_px=self._options.gap_patches * patch_px,
         )
         if self._masks is not None and found:
-            found = refined(found, image.pixels, probability, self._masks, patch_px)
+            found = refined(found, image.pixels, probability, self._masks, patch_px, tick)
         return sorted(found, key=lambda of: (-of.score, of.top, of.left))
 
     def classify(self, image: Image, options: Sequence[str], tick: Callable[[], None]) -> NDArray[np.float32]:
@@ -315,6 +317,7 @@ def refined(
     probability: NDArray[np.float32],
     masks: Masks,
     apart_px: float,
+    tick: Callable[[], None],
 ) -> list[Detected]:
     """Objects drawn to the outlines of what their best points show; those that touch are told apart by it.
 
@@ -324,26 +327,39 @@ def refined(
         probability: (H, W) float32, where the points come from.
         masks: gives the mask of each point.
         apart_px: least distance of two points of an object.
+        tick: called between batches.
 
     Returns:
         As many objects or more. Of an object none of whose masks fits, itself.
     """
-    made = []
-    for of in found:
-        points = _peaks(of, probability, apart_px)
-        fitting: list[NDArray[np.bool_]] = []
-        whole = np.zeros(probability.shape, np.bool_)
-        of.paint(whole)
-        for mask in masks(pixels, points[:, ::-1] + 0.5):
-            # Of the mask, most is of the object; or of the object, most is in a mask not much larger.
-            common = int((mask & whole).sum())
-            is_part = common >= _MASK_SHARE * mask.sum()
-            is_all = common >= _MASK_SHARE * of.pixels and mask.sum() <= _MASK_TIMES * of.pixels
-            is_new = all((mask & known).sum() < _SAME_SHARE * (mask | known).sum() for known in fitting)
-            if common and (is_part or is_all) and is_new:
-                fitting.append(mask)
-        made += [Detected.of_mask(of.concept, mask, of.score) for mask in fitting] or [of]
-    return made
+    points = [_peaks(of, probability, apart_px) for of in found]
+    owners = np.repeat(np.arange(len(found)), [len(some) for some in points])
+    places = np.concatenate(points)[:, ::-1] + 0.5
+    fitting: list[list[Detected]] = [[] for _ in found]
+    # Few calls: each of them encodes the image anew.
+    batch = max(1, _MASK_PIXELS // probability.size)
+    for start in range(0, len(places), batch):
+        tick()
+        some = masks(pixels, places[start : start + batch])
+        for mask, owner in zip(some, owners[start : start + batch], strict=True):
+            of, known = found[owner], fitting[owner]
+            if mask.any() and _fits(outlined := Detected.of_mask(of.concept, mask, of.score), of, known):
+                known.append(outlined)
+    return [of for own, others in zip(found, fitting, strict=True) for of in others or [own]]
+
+
+def _fits(mask: Detected, of: Detected, known: Sequence[Detected]) -> bool:
+    """Whether a mask shows an object, or a part of it, that no mask showed before."""
+    common = mask.overlap_px(of)
+    # Of the mask, most is of the object; or of the object, most is in a mask not much larger.
+    is_part = common >= _MASK_SHARE * mask.pixels
+    is_all = common >= _MASK_SHARE * of.pixels and mask.pixels <= _MASK_TIMES * of.pixels
+
+    def is_other(other: Detected) -> bool:
+        shared = mask.overlap_px(other)
+        return shared < _SAME_SHARE * (mask.pixels + other.pixels - shared)
+
+    return (is_part or is_all) and all(is_other(other) for other in known)
 
 
 def _peaks(of: Detected, probability: NDArray[np.float32], apart_px: float) -> NDArray[np.float64]:
