@@ -45,7 +45,9 @@ def regions(
         table,
         changed=changed,
         picture=previews.cell_frames(
-            cells, areas.union(registered), title=f"{len(keys):,} regions of {len(registered)} areas"
+            cells,
+            areas.union(registered),
+            title=f"Regions: {len(keys):,}, registered areas: {len(registered):,}",
         ),
         areas=len(registered),
         regions=len(keys),

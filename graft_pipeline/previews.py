@@ -207,7 +207,8 @@ def _png(figure: Any) -> bytes:
     figure.savefig(drawn, format="png", metadata={"Software": None})
     # Few colours: a palette shows the same in a third of the bytes.
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        palette = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -400,7 +401,7 @@ def histograms(panels: Mapping[str, np.ndarray], *, title: str, bins: int = 40) 
             edges = np.arange(values.min() - 0.5, values.max() + 1)
         axes.hist(values, bins=edges, color=COLOURS[0])
         axes.axvline(float(np.median(values)), color=COLOURS[3], lw=1)
-        axes.set_title(f"median {np.median(values):,.3g}, n = {len(values):,}", fontsize=8)
+        axes.set_title(f"median {np.median(values):.4g}, n = {len(values):,}", fontsize=8)
         if number == 1:
             axes.set_ylabel("count", fontsize=8)
     figure.suptitle(title, fontsize=10)
