@@ -53,12 +53,12 @@ class Processes:
     """The deployment's processes; each is ended, with its children, when the stack closes."""
 
     def __init__(self, stack: ExitStack, folder: Path, environment: dict[str, str]) -> None:
-        self._stack, self._folder, self.environment = stack, folder, environment
+        self._stack, self.folder, self.environment = stack, folder, environment
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start one; what it says goes to a file of its name."""
-        log = self._stack.enter_context((self._folder / f"{name}.log").open("ab"))
+        log = self._stack.enter_context((self.folder / f"{name}.log").open("ab"))
         process = subprocess.Popen(
             command,
             env=self.environment,
@@ -75,7 +75,7 @@ class Processes:
         """Say so if one has ended by itself."""
         for name, process in self._running.items():
             if process.poll() is not None:
-                log = (self._folder / f"{name}.log").read_text(errors="replace")
+                log = (self.folder / f"{name}.log").read_text(errors="replace")
                 raise SystemExit(f"The {name} ended with {process.returncode}:\n{log[-3000:]}")
 
 
@@ -357,7 +357,11 @@ def partitions(ui: Ui) -> list[str]:
 
 def partition_of(run: dict[str, Any]) -> str:
     """A run's region."""
-    return next(tag["value"] for tag in run["tags"] if tag["key"] == "dagster/partition")
+    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+    # A backfill of assets names a range, here of one.
+    first = tags.get("dagster/partition") or tags["dagster/asset_partition_range_start"]
+    assert tags.get("dagster/asset_partition_range_end", first) == first
+    return first
 
 
 def kill_a_worker(ui: Ui, backfill: str, code_server: int, processes: Processes) -> str:
