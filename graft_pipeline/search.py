@@ -458,7 +458,7 @@ def stale_regions(root: "UPath | Path", sensor: str, manifest: Manifest) -> dict
     Returns:
         Why, in words, by region, sorted.
     """
-    sources = read_sources(root, sensor)
+    sources = read_sources(root, sensor, manifest)
     stale = dict(manifest.left_out)
     for region, part in manifest.parts.items():
         if region not in sources:

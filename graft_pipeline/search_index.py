@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ from graft_pipeline.manifests import (
 )
 from graft_pipeline.progress import Report
 from graft_pipeline.provenance import fingerprint
-from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, Dataset, search_part
+from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, search_part
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -192,12 +192,13 @@ def read_manifest(root: "UPath | Path", sensor: str) -> Manifest | None:
         ) from error
 
 
-def read_sources(root: "UPath | Path", sensor: str) -> dict[str, Source]:
+def read_sources(root: "UPath | Path", sensor: str, known: Manifest | None = None) -> dict[str, Source]:
     """What the parts of an index would be made from now; only footers are read.
 
     Args:
         root: storage root.
         sensor: name of the sensor.
+        known: an index; of regions that are as they were for it, fewer bytes are looked at.
 
     Returns:
         Sources by region, sorted; regions without an embedding are left out.
@@ -209,39 +210,45 @@ def read_sources(root: "UPath | Path", sensor: str) -> dict[str, Source]:
     files = [file for name in kept_as(sensor) for file in root.glob(pattern.format(name))]
     regions = sorted({str(file.parts[-2]).partition("=")[2] for file in files})
     with ThreadPoolExecutor(_THREADS) as pool:
-        sources = pool.map(lambda region: _source(root, sensor, region), regions)
+        sources = pool.map(lambda region: _source(root, sensor, region, known), regions)
         found = dict(zip(regions, sources, strict=True))
-    return {region: source for region, source in found.items() if source is not None and source.rows}
+    return {region: source for region, source in found.items() if source is not None}
 
 
-def _source(root: "UPath | Path", sensor: str, region: str) -> Source | None:
-    model_ids, rows, digests = set[str](), 0, list[str | None]()
-    for name in kept_as(sensor):
-        embedded = _footer(root, CHIP_EMBEDDINGS, name, region)
-        chips = _footer(root, CHIPS, name, region)
-        if embedded is None:
-            continue
-        # A column of at most a few values: each row group's least and greatest name them all, or show that they differ.
-        number = embedded.schema.names.index("model_id")
-        groups = [
-            embedded.row_group(group).column(number).statistics for group in range(embedded.num_row_groups)
-        ]
+def _source(root: "UPath | Path", sensor: str, region: str, known: Manifest | None) -> Source | None:
+    places = [{"sensor": name, "region": region} for name in kept_as(sensor)]
+    embedded = [partition_file(root, CHIP_EMBEDDINGS, **place) for place in places]
+    chips = [partition_file(root, CHIPS, **place) for place in places]
+    digest = fingerprint(VERSION, [_footer_digest(file) for file in (*embedded, *chips)])
+    if known is not None and region in known.parts and known.parts[region].source == digest:
+        return Source(digest, known.parts[region].rows, (known.model_id,))
+    model_ids, rows = set[str](), 0
+    for path in embedded:
+        with open_table(path, CHIP_EMBEDDINGS) as file:
+            if file is None:
+                continue
+            footer = file.metadata
+        # A column of a few values: each row group's least and greatest name them all, or show that they differ.
+        number = footer.schema.names.index("model_id")
+        groups = [footer.row_group(group).column(number).statistics for group in range(footer.num_row_groups)]
         model_ids |= {value for group in groups if group is not None for value in (group.min, group.max)}
-        rows += embedded.num_rows
-        digests += [_digest(embedded), None if chips is None else _digest(chips)]
-    return Source(fingerprint(VERSION, *digests), rows, tuple(sorted(model_ids))) if digests else None
+        rows += footer.num_rows
+    return Source(digest, rows, tuple(sorted(model_ids))) if rows else None
 
 
-def _footer(root: "UPath | Path", dataset: Dataset, sensor: str, region: str) -> Any:
-    with open_table(partition_file(root, dataset, sensor=sensor, region=region), dataset) as file:
-        return None if file is None else file.metadata
-
-
-def _digest(metadata: Any) -> str:
-    """Hash of a Parquet file by its footer: sizes, least and greatest values of every column of every row group."""
-    buffer = BytesIO()
-    metadata.write_metadata_file(buffer)
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+def _footer_digest(path: "UPath") -> str | None:
+    """Hash of a Parquet file's footer, which holds sizes, least and greatest values of every column; None: no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            # Parquet ends with the footer, its length in four bytes, and four letters.
+            size = file.tell()
+            file.seek(max(0, size - 8))
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - length))
+            return hashlib.sha256(file.read()).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def update(
@@ -276,9 +283,10 @@ def update(
     started = time.perf_counter()
     folder = index_folder(root, sensor)
     remove_partial_files(folder)
-    sources = read_sources(root, sensor)
+    before = read_manifest(root, sensor)
+    sources = read_sources(root, sensor, before)
     wanted = model_id or _most_common_model(sources.values())
-    known = _usable(folder, read_manifest(root, sensor), wanted)
+    known = _usable(folder, before, wanted)
     left_out = {
         region: f"{region}: embedded by encoder {', '.join(source.model_ids)}, not {wanted}"
         for region, source in sources.items()
