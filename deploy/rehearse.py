@@ -43,7 +43,7 @@ BACKFILL = """mutation Backfill($params: LaunchBackfillParams!) { launchPartitio
 BACKFILL_STATUS = """query Status($id: String!) { partitionBackfillOrError(backfillId: $id) {
   ... on PartitionBackfill { status numPartitions } } }"""
 RUNS = """query Runs($filter: RunsFilter!) { runsOrError(filter: $filter) { ... on Runs { results { runId status
-  creationTime startTime endTime tags { key value } stepStats { stepKey startTime endTime } } } } }"""
+  creationTime startTime endTime tags { key value } stepStats { stepKey status startTime endTime } } } } }"""
 JOB = """query Job($job: PipelineSelector!) { assetNodes(pipeline: $job) { assetKey { path } } }"""
 STATUS = """query Keys($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path }
   partitionStats { numMaterialized numFailed numPartitions } } }"""
@@ -308,6 +308,10 @@ def rehearse(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dic
         wait_for(name, answers(ports[name]), processes)
     make = f"import boto3\nfor name in {BUCKETS}: boto3.client('s3').create_bucket(Bucket=name)"
     subprocess.run([python, "-c", make], env=environment, check=True)
+    # Runs that start together on a new database would each make a pool, and all but one fail.
+    for pool in ("flickr", "imagery", "gpu"):
+        command = ["dagster", "instance", "concurrency", "set", pool, "1"]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
     (folder / "area.geojson").write_text(json.dumps(box(options.regions)))
     add = ["graft", "areas", "add", str(folder / "area.geojson")]
     subprocess.run(add, env=environment, check=True, capture_output=True)
@@ -364,6 +368,11 @@ def partition_of(run: dict[str, Any]) -> str:
     return first
 
 
+def failed_steps(run: dict[str, Any]) -> list[str]:
+    """Steps of a run that failed; a worker that is gone has none."""
+    return [step["stepKey"] for step in run["stepStats"] if step["status"] == "FAILURE"]
+
+
 def kill_a_worker(ui: Ui, backfill: str, code_server: int, processes: Processes) -> str:
     """Kill one of the processes that execute a run, in the middle of it; which."""
 
@@ -404,6 +413,7 @@ def report(
         "worker killed": killed or "none",
         "runs": len(runs),
         "runs that did not succeed": len(failed),
+        "of those, without a step that failed": sum(not failed_steps(run) for run in failed),
         "backfill's status": ui.ask(BACKFILL_STATUS, id=backfill)["status"],
         "wall_s": round(wall_s, 1),
         "regions a minute": round(60 * len(names) / wall_s, 2),
