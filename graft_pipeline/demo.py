@@ -357,9 +357,9 @@ def collect_area(
         made_here = [("openclip", "foundation"), ("torchvision", "scene_classifier")]
         wanted = [settings.is_planet, settings.uses_planet_scenes]
         for path, is_wanted in zip(made_here, wanted, strict=True):
-            key = dg.AssetKey(path)
-            if is_wanted and instance.get_latest_materialization_event(key) is None:
-                runner.materialise(key)
+            model = dg.AssetKey(path)
+            if is_wanted and instance.get_latest_materialization_event(model) is None:
+                runner.materialise(model)
         encoded = [
             sensor
             for sensor in sensors
