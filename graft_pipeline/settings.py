@@ -65,9 +65,11 @@ class SensorSettings(BaseModel, extra="forbid"):
 class PlanetSettings(BaseModel):
     """The embedded world that answers when no key is set."""
 
+    #: Which planet: two seeds are two different worlds.
     seed: int = 0
     #: A planet that runs already (`graft planet serve`); unset, each run starts its own on a free port.
     url: str | None = None
+    #: Added to each of its answers.
     latency_ms: float = Field(0.0, ge=0)
     #: Requests per second before the planet answers 429; unset: unlimited.
     quota: float | None = Field(None, gt=0)
@@ -89,6 +91,7 @@ class KubernetesSettings(BaseModel):
     namespace: str | None = None
     #: Requests and limits as Kubernetes spells them: `{"limits": {"nvidia.com/gpu": "4"}}`.
     resources: dict[str, dict[str, str]] = Field(default_factory=dict)
+    #: Service account of the pod; unset: the namespace's default.
     service_account: str | None = None
     #: Secrets of the namespace that become environment variables: credentials of the object store.
     env_secrets: tuple[str, ...] = ()
@@ -110,14 +113,19 @@ class Settings(BaseSettings):
     root: str = "data"
     #: Side of a region in degrees.
     grid_deg: float = 1.0
+    #: Seed of every random choice: the same seed, the same data.
     seed: int = 0
 
     # --- Flickr ---
+    #: API key of Flickr.
     flickr_key: SecretStr | None = None
+    #: Secret of that key.
     flickr_secret: SecretStr | None = None
+    #: Address of Flickr's API.
     flickr_url: str = "https://api.flickr.com/services/rest/"
     #: Where image URLs of Flickr's static hosts are fetched from; unset: from the URL as given.
     flickr_static_url: str | None = None
+    #: Quota of the key; calls are spread evenly.
     flickr_calls_per_hour: int = Field(3600, gt=0)
     #: SQLite file, on a local disk, in which all runs share the pace of the key and keep it over restarts. Unset:
     #: one for each key in DAGSTER_HOME, or else in the user's state folder; on the planet, no pace is shared.
@@ -126,8 +134,11 @@ class Settings(BaseSettings):
     flickr_licenses: str = Field("", pattern=r"^(\d+(,\d+)*)?$")
     #: The least safe photos that are asked for. Flickr shows only safe ones to a key that no user has authorised.
     flickr_safe_search: Literal["safe", "moderate", "restricted"] = "safe"
+    #: Longest wait for an answer; for a whole one, three times it.
     flickr_timeout_s: float = Field(30.0, gt=0)
+    #: Searches of a region of the grid, at places sampled uniformly.
     search_locations_per_region: int = Field(100, gt=0)
+    #: Radius of each search.
     search_radius_km: float = Field(2.0, gt=0, lt=32)
     #: First upload date that is asked for, YYYY-MM-DD.
     uploaded_from: str = "2004-02-10"
@@ -135,39 +146,54 @@ class Settings(BaseSettings):
     # --- images ---
     #: Hosts that ground images are fetched from, with their subdomains; at public addresses, except on the planet.
     image_hosts: tuple[str, ...] = ("staticflickr.com",)
+    #: Images that are fetched at a time.
     image_concurrency: int = Field(16, gt=0)
     #: Requests a second to one image host.
     image_requests_per_second: int = Field(50, gt=0)
+    #: Longest wait for bytes of an image.
     image_timeout_s: float = Field(30.0, gt=0)
+    #: Materialisations that try a photo or chip again before it is left alone.
     max_attempts: int = Field(5, gt=0)
 
     # --- Earth Engine ---
+    #: Cloud project that is registered for Earth Engine.
     ee_project: str | None = None
     #: Key file of a service account; its content is never logged.
     ee_key_file: Path | None = None
+    #: Address of Earth Engine's API.
     ee_url: str = "https://earthengine-highvolume.googleapis.com"
+    #: Requests at a time; Earth Engine allows a project 40.
     ee_concurrency: int = Field(40, gt=0)
+    #: Requests a second; Earth Engine allows a project 100.
     ee_requests_per_second: int = Field(100, gt=0)
+    #: Longest wait for bytes of an answer.
     ee_timeout_s: float = Field(60.0, gt=0)
 
     # --- imagery ---
     #: Where scenes and chips come from: Earth Engine, a STAC API, or a folder of GeoTIFFs.
     imagery: Source = "earth_engine"
+    #: Landing page of the STAC API.
     stac_url: str = "https://planetarycomputer.microsoft.com/api/stac/v1"
+    #: Requests at a time.
     stac_concurrency: int = Field(16, gt=0)
+    #: Requests a second.
     stac_requests_per_second: int = Field(100, gt=0)
+    #: Longest wait for bytes of an answer.
     stac_timeout_s: float = Field(60.0, gt=0)
     #: Holds the sensors' collections as folders.
     imagery_folder: Path | None = None
 
     # --- models ---
-    #: open_clip architecture and pretrained tag (or a checkpoint file); or `local-dir:/folder` as architecture.
+    #: Architecture of open_clip, or `local-dir:/folder` for a model in a folder.
     foundation_architecture: str = "ViT-B-16"
+    #: Its pretrained tag or checkpoint file.
     foundation_pretrained: str | None = "openai"
     #: `zero_shot` on the cached foundation embeddings, or `checkpoint`: ResNet-18 weights in scene_checkpoint, on the
     #: planet by default those of its asset torchvision/scene_classifier.
     scene_classifier: Literal["zero_shot", "checkpoint"] = "zero_shot"
+    #: Weights of the ResNet-18, for `checkpoint`.
     scene_checkpoint: Path | None = None
+    #: Score from which on a photo counts as taken outdoors.
     outdoor_threshold: float = Field(0.5, ge=0, le=1)
 
     #: Training recipe; unset: the paper's in production, the small one on the planet. `smoke` only tests machinery.
@@ -206,9 +232,13 @@ class Settings(BaseSettings):
     answer_timeout_s: float = Field(60.0, gt=0)
 
     # --- pairs ---
+    #: Sensors of the deployment, as JSON; unset: `naip` and `sentinel2`.
     sensors: tuple[SensorSettings, ...] = ()
+    #: Photos that a tile keeps at most, drawn by a hash of their ids.
     photos_per_tile: int = Field(25, gt=0)
+    #: How tiles are chosen; `random` and `per_quarter` are for comparison.
     sampling: Literal["non_overlapping", "random", "per_quarter"] = "non_overlapping"
+    #: Share of the ground's blocks that training leaves out.
     validation_fraction: float = Field(0.1, gt=0, lt=1)
 
     # --- grid ---
