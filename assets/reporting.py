@@ -53,7 +53,7 @@ SCHEMA, LINEAGE = "dagster/column_schema", "dagster/column_lineage"
 def measured(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add to an asset's metadata what it cost (seconds, calls, bytes), and the lineage of its columns.
 
-    The UI takes lineage from materialisations alone, so each repeats what the definition says.
+    Dagster takes lineage from materialisations alone, so each repeats what the definition says.
     """
 
     @functools.wraps(function)
@@ -131,13 +131,14 @@ def fields_schema(fields: Mapping[str, str]) -> dg.TableSchema:
 
 
 def table_schema(dataset: Dataset) -> dg.TableSchema:
-    """Dagster's description of a dataset's columns."""
+    """Dagster's description of a dataset's columns, each with its origin: only Dagster+ draws `LINEAGE`."""
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
                 field.name,
                 type=str(field.type),
-                description=(field.metadata or {}).get(b"description", b"").decode(),
+                description=f"{(field.metadata or {}).get(b'description', b'').decode()} "
+                f"({lineage.in_words(dataset.name, field.name)})",
                 constraints=dg.TableColumnConstraints(
                     nullable=field.nullable, unique=dataset.key == (field.name,)
                 ),

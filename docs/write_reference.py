@@ -132,7 +132,7 @@ def cli_page() -> str:
 
 def datasets_page() -> str:
     """The page of every Parquet schema."""
-    from graft_pipeline import schemas
+    from graft_pipeline import lineage, schemas
 
     parts = [
         "# Datasets\n",
@@ -150,10 +150,11 @@ def datasets_page() -> str:
                 f"`{field.type}`",
                 "yes" if field.nullable else "",
                 (field.metadata or {}).get(b"description", b"").decode(),
+                lineage.in_words(dataset.name, field.name) if dataset.name in lineage.UPSTREAM else "",
             ]
             for field in dataset.schema
         ]
-        parts.append(_table(["column", "type", "null", "meaning"], rows))
+        parts.append(_table(["column", "type", "null", "meaning", "origin"], rows))
     return "\n".join(parts)
 
 

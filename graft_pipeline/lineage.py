@@ -297,6 +297,22 @@ def _beyond(name: str, column: str, seen: tuple[str, ...]) -> Iterator[str]:
             yield from _beyond(name, above, (*seen, column))
 
 
+def in_words(name: str, column: str) -> str:
+    """Where a column comes from, for people.
+
+    Args:
+        name: of a dataset or a model.
+        column: of it.
+
+    Returns:
+        `from chips.scene_id`, or `computed: the clock`.
+    """
+    if column in COMPUTED.get(name, {}):
+        return f"computed: {COMPUTED[name][column]}"
+    above = upstream(name)[column]
+    return f"from {', '.join(above)}" if above else "computed"
+
+
 def ends_of(name: str, column: str) -> set[str]:
     """Where the lineage of a column ends.
 

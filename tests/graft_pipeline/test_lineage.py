@@ -45,6 +45,11 @@ def test_columns_of_the_same_dataset_are_followed_to_others() -> None:
     assert above["attempts"] == ()
 
 
+def test_origins_are_told_in_words() -> None:
+    assert lineage.in_words("pairs", "scene_id") == "from chips.scene_id"
+    assert lineage.in_words("chips", "attempts") == "computed: counts requests"
+
+
 def test_an_unknown_name_is_named() -> None:
     with pytest.raises(DataError, match="'photos' is no dataset"):
         lineage.columns_of("photos")
