@@ -407,7 +407,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         "carry_changes",
         target=dg.AssetSelection.all(),
         default_status=dg.DefaultSensorStatus.STOPPED,
-        minimum_interval_seconds=30,
+        minimum_interval_seconds=120,
         run_tags=IN_BACKGROUND,
         description="Makes anew what lies downstream of data that has changed; of data made again the same, nothing.",
     )
@@ -481,13 +481,72 @@ def with_conditions(assets: Iterable[Any]) -> list[Any]:
     Returns:
         The same, those of `CARRIED` and `OF_ALL_REGIONS` with a condition.
     """
+    assets = list(assets)
+    made = [spec for item in assets if isinstance(item, dg.AssetsDefinition) for spec in item.specs]
+    inputs = {spec.key: {dep.asset_key for dep in spec.deps} for spec in made}
 
     def conditioned(spec: dg.AssetSpec) -> dg.AssetSpec:
         if spec.key.path[-1] not in (*CARRIED, *OF_ALL_REGIONS):
             return spec
-        return spec.replace_attributes(automation_condition=on_changed_data(spec.key.path[-1]))
+        nearest = dg.AssetSelection.assets(*_nearest_inputs(spec.key, inputs))
+        return spec.replace_attributes(automation_condition=on_changed_data(spec.key.path[-1], nearest))
 
     return list(dg.map_asset_specs(conditioned, assets))
+
+
+def _nearest_inputs(key: dg.AssetKey, inputs: Mapping[dg.AssetKey, set[dg.AssetKey]]) -> list[dg.AssetKey]:
+    """Inputs whose changes do not reach the asset through another input anyway; external ones left out.
+
+    Dagster evaluates, and keeps, each condition of each input: at 20,000 partitions that is most of a tick.
+    """
+
+    def before(other: dg.AssetKey) -> set[dg.AssetKey]:
+        if other.path[-1] not in CARRIED:
+            return set()
+        return inputs[other].union(*(before(earlier) for earlier in inputs[other] if earlier in inputs))
+
+    known = {other for other in inputs[key] if other in inputs}
+    return sorted(known - set().union(*(before(other) for other in known)))
+
+
+def on_changed_data(name: str, nearest: dg.AssetSelection) -> dg.AutomationCondition[Any]:
+    """When an asset is made anew: the data version of an input changed, or an input is about to be made anew.
+
+    So one run makes everything in a region that lies downstream of the change.
+
+    Args:
+        name: of the asset, without its sensor.
+        nearest: the inputs to look at.
+
+    Returns:
+        The condition.
+    """
+    condition = dg.AutomationCondition
+    changed = condition.any_deps_match(condition.data_version_changed()).allow(nearest)
+    if name in OF_ALL_REGIONS:
+        # Some region is always in progress somewhere: not at rest, but once an hour.
+        return (
+            changed.since(condition.newly_requested())
+            & condition.cron_tick_passed("0 * * * *")
+            & ~condition.in_progress()
+        ).with_label("on_changed_data_hourly")
+    follows = condition.any_deps_match(condition.data_version_changed() | condition.will_be_requested())
+    # Within a region's own run assets follow their inputs already.
+    handled = condition.newly_requested() | condition.newly_updated()
+    if name == "ground_embeddings" or not name.endswith("_embeddings"):
+        return (follows.allow(nearest).since(handled) & ~condition.in_progress()).with_label(
+            "on_changed_data"
+        )
+    # Embeddings of satellite images are not part of a region's own run, and wait for its end. What was embedded while
+    # its encoder was being replaced has to be embedded once more.
+    encoder = dg.AssetSelection.key_substring("image_encoder")
+    replaced = condition.any_deps_match(condition.data_version_changed()).allow(encoder & nearest)
+    return (
+        (follows.allow(nearest - encoder).since(handled) | replaced.since(condition.newly_requested()))
+        & ~condition.any_deps_missing().allow(nearest)
+        & ~condition.any_deps_in_progress().allow(nearest)
+        & ~condition.in_progress()
+    ).with_label("on_changed_data")
 
 
 def with_freshness(assets: Iterable[Any], settings: Settings) -> list[Any]:
@@ -510,46 +569,6 @@ def with_freshness(assets: Iterable[Any], settings: Settings) -> list[Any]:
         return spec.replace_attributes(freshness_policy=policy) if spec.key.path[-1] in COLLECTED else spec
 
     return list(dg.map_asset_specs(judged, assets))
-
-
-def on_changed_data(name: str) -> dg.AutomationCondition[Any]:
-    """When an asset is made anew: the data version of an input changed, or an input is about to be made anew.
-
-    So one run makes everything in a region that lies downstream of the change. It waits until the inputs are all there
-    and nothing of them is being made.
-
-    Args:
-        name: of the asset, without its sensor.
-
-    Returns:
-        The condition.
-    """
-    condition = dg.AutomationCondition
-    changed = condition.data_version_changed()
-    if name in OF_ALL_REGIONS:
-        # Some region is always in progress somewhere: not at rest, but once an hour.
-        return (
-            condition.any_deps_match(changed).since(condition.newly_requested())
-            & condition.cron_tick_passed("0 * * * *")
-            & ~condition.in_progress()
-        ).with_label("on_changed_data_hourly")
-    # Within a region's own run assets follow their inputs already.
-    handled = condition.newly_requested() | condition.newly_updated()
-    trigger: dg.AutomationCondition[Any] = condition.any_deps_match(changed | condition.will_be_requested())
-    if name.endswith("_embeddings") and name != "ground_embeddings":
-        # What was embedded while its encoder was being replaced has to be embedded once more.
-        encoder = dg.AssetSelection.key_substring("image_encoder")
-        replaced = condition.any_deps_match(changed).allow(encoder).since(condition.newly_requested())
-        trigger = trigger.ignore(encoder).since(handled) | replaced  # type: ignore[attr-defined]
-    else:
-        trigger = trigger.since(handled)
-    return (
-        trigger
-        # External assets are never made here, and so always missing.
-        & ~condition.any_deps_missing().allow(dg.AssetSelection.all())
-        & ~condition.any_deps_in_progress()
-        & ~condition.in_progress()
-    ).with_label("on_changed_data")
 
 
 # --- backfills ---
