@@ -65,6 +65,20 @@ def vectors_of(number: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def chip_row(tile_id: str, grid: Grid, day: int) -> dict[str, Any]:
+    """What a CHIPS row holds beside its scene and its place in a shard."""
+    return {
+        **dict.fromkeys(CHIPS.schema.names),
+        "tile_id": tile_id,
+        "status": "ok",
+        "attempts": 1,
+        "acquired_at_utc": FIRST_DAY + timedelta(days=day),
+        "scenes_tried": 1,
+        **{name: getattr(grid, name) for name in ("epsg", "x0_m", "y0_m", "gsd_m")},
+        "chip_px": NAIP.chip_px,
+    }
+
+
 def build_region(root: UPath, number: int) -> list[dict[str, Any]]:
     """One region with chips, embeddings, images and pairs; gives what its photos' rows hold."""
     region = Region.parse(REGIONS[number])
@@ -85,20 +99,7 @@ def build_region(root: UPath, number: int) -> list[dict[str, Any]]:
             pixels = np.full((NAIP.chip_px, NAIP.chip_px, 3), (30, 90, 160), np.uint8)
             pixels[112:336, 112:336] = (200, 60, 30)
             stored = chips.add(f"{tile_id}.tif", encode(pixels, grid))
-            chip_rows.append(
-                {
-                    **dict.fromkeys(CHIPS.schema.names),
-                    "tile_id": tile_id,
-                    "status": "ok",
-                    "attempts": 1,
-                    "scene_id": f"scene-{number}",
-                    "acquired_at_utc": FIRST_DAY + timedelta(days=k),
-                    "scenes_tried": 1,
-                    **{name: getattr(grid, name) for name in ("epsg", "x0_m", "y0_m", "gsd_m")},
-                    "chip_px": NAIP.chip_px,
-                    **vars(stored),
-                }
-            )
+            chip_rows.append(chip_row(tile_id, grid, k) | {"scene_id": f"scene-{number}", **vars(stored)})
             for p in range(2):
                 photo_id = f"{tile_id.removeprefix('naip-')}{p}"
                 picture = io.BytesIO()
@@ -290,6 +291,29 @@ def test_a_tile_shows_its_chip_and_its_photos_where_they_were_taken(made: Simple
         picture = Image.open(io.BytesIO(answer.content))
         assert picture.size == (side, side)
         assert np.abs(np.subtract(picture.getpixel((4, 4)), colour)).max() < 8
+
+
+def test_a_tile_of_the_grid_has_a_chip_and_no_photo(tmp_path: Path, make_photos: Any) -> None:
+    root, region = build_root(UPath(tmp_path), make_photos), Region.parse(REGIONS[0])
+    place, tile_id = {"sensor": "naip_grid", "region": region.key}, "naip_grid-32619-448--7-10500"
+    x, y = region.projection.forward(-70.5, 42.5)
+    grid = Grid.snapped(region.epsg, float(x), float(y), NAIP.gsd_m, NAIP.chip_px)
+    with ShardWriter(partition_folder(root, CHIPS, **place), "chips-00000.tar") as shard:
+        stored = shard.add(f"{tile_id}.tif", encode(np.full((448, 448, 3), 77, np.uint8), grid))
+    row = chip_row(tile_id, grid, 0) | {"scene_id": "scene", **vars(stored)}
+    write_table(partition_file(root, CHIPS, **place), pa.Table.from_pylist([row], schema=CHIPS.schema), CHIPS)
+    embedded = {"tile_id": [tile_id], "center_lon_deg": [-70.5], "center_lat_deg": [42.5], "model_id": ["a"]}
+    table = pa.table(embedded | {"embedding": to_column(encode_text("road")[None])})
+    write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
+    search_index.update(root, "naip")
+    with serving(app_of(root)) as url:
+        [found] = get(f"{url}/api/search", words="road", top=1)["results"]
+        assert found["tile_id"] == tile_id
+        path = f"{url}/api/tile/{found['region']}/{tile_id}"
+        assert get(path)["photos"] == []
+        picture = Image.open(io.BytesIO(requests.get(f"{path}/crop.jpg", timeout=30).content))
+        assert picture.getpixel((100, 100)) == (77, 77, 77)
+        assert get(f"{url}/api/tile/{found['region']}/sentinel2-1", 404)["error"]
 
 
 def test_photos_of_people_are_linked_to_and_never_copied(made: SimpleNamespace) -> None:
