@@ -24,6 +24,7 @@ COMMANDS = [
     ["ask"],
     ["search"],
     ["map"],
+    ["serve"],
     ["status"],
 ]
 
