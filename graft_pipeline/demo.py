@@ -374,8 +374,14 @@ def collect_area(
         if index:
             runner.materialise(*index)
     for sensor in sensors:
-        pairs = [storage.read(schemas.PAIRS, sensor=sensor, region=key).num_rows for key in keys]
-        console.print(f"{sensor}: {sum(pairs):,} pairs of photo and satellite image in {len(keys)} regions")
+        scenes, pairs = (
+            sum(storage.read(dataset, sensor=sensor, region=key).num_rows for key in keys)
+            for dataset in (schemas.SCENES, schemas.PAIRS)
+        )
+        where_not = "" if scenes else ": the collection has no scene here"
+        console.print(
+            f"{sensor}: {pairs:,} pairs of photo and satellite image in {len(keys)} regions{where_not}"
+        )
     return keys
 
 
