@@ -4,6 +4,7 @@ They are not committed, so they cannot be out of date; `make docs` runs this fir
 """
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
 SETTINGS = ROOT / "graft_pipeline" / "settings.py"
+_HEADINGS = {"planet": "The planet", "kubernetes": "Pods of trainings"}
 PACKAGES = {
     "graft_pipeline": "What GRAFT means: regions, photos, tiles, scenes, pairs, splits, and the checks of their rules.",
     "resources": "Who is called: Flickr, Earth Engine, STAC, image hosts, storage, frozen models; and the planet.",
@@ -31,7 +33,7 @@ class Setting:
         kind: its Python type, as written.
         default: as written; None: it has none.
         description: the `#:` comment above it.
-        section: heading that it stands below in settings.py, empty before the first.
+        section: heading that it stands below in settings.py, or that of its nested model.
     """
 
     variable: str
@@ -48,14 +50,13 @@ def settings() -> list[Setting]:
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     nested = {"planet": "PlanetSettings", "kubernetes": "KubernetesSettings"}
 
-    def of(name: str, prefix: str) -> Iterator[Setting]:
-        section = ""
+    def of(name: str, prefix: str, section: str) -> Iterator[Setting]:
         body = classes[name].body
         first = body[0].lineno
         for node in body:
             for line in lines[first - 1 : node.lineno]:
                 if found := re.fullmatch(r" +# --- (.+) ---", line):
-                    section = found[1]
+                    section = found[1][0].upper() + found[1][1:]
             first = node.lineno
             if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
                 continue
@@ -63,7 +64,7 @@ def settings() -> list[Setting]:
             if field == "model_config":
                 continue
             if field in nested:
-                yield from of(nested[field], f"{prefix}{field.upper()}__")
+                yield from of(nested[field], f"{prefix}{field.upper()}__", _HEADINGS[field])
                 continue
             above = []
             number = node.lineno - 2
@@ -75,7 +76,7 @@ def settings() -> list[Setting]:
                 f"GRAFT_{prefix}{field.upper()}", kind, _default(node.value), " ".join(above[::-1]), section
             )
 
-    return list(of("Settings", ""))
+    return list(of("Settings", "", "Storage and grid"))
 
 
 def _default(value: ast.expr | None) -> str | None:
@@ -89,8 +90,13 @@ def _default(value: ast.expr | None) -> str | None:
 
 
 def _cell(text: object) -> str:
-    """Text that may stand in a table's cell."""
-    return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    """Text that may stand in a table's cell; `_code` has made what it made of code."""
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: object) -> str:
+    """Code in a table's cell: within backticks a | cannot be escaped."""
+    return f"<code>{html.escape(str(text), quote=False).replace('|', '&#124;')}</code>"
 
 
 def _table(columns: list[str], rows: list[list[object]]) -> str:
@@ -105,19 +111,13 @@ def settings_page() -> str:
         "Environment variables, or lines of the file that `GRAFT_ENV_FILE` names (default `.env`). Lists and tables "
         'are written as JSON: `["a", "b"]`. Secrets (`SecretStr`) come from nowhere else and are never shown.\n',
     ]
-    section = None
-    rows: list[list[object]] = []
-    for setting in [*settings(), None]:
-        if rows and (setting is None or setting.section != section):
-            parts += [
-                f"## {section or 'Storage and grid'}\n",
-                _table(["variable", "type", "default", "meaning"], rows),
-            ]
-            rows = []
-        if setting is not None:
-            section = setting.section
-            default = "" if setting.default in (None, "None") else f"`{setting.default}`"
-            rows.append([f"`{setting.variable}`", f"`{setting.kind}`", default, setting.description])
+    sections: dict[str, list[list[object]]] = {}
+    for setting in settings():
+        default = "" if setting.default in (None, "None") else _code(setting.default)
+        row = [_code(setting.variable), _code(setting.kind), default, setting.description]
+        sections.setdefault(setting.section, []).append(row)
+    for section, rows in sections.items():
+        parts += [f"## {section}\n", _table(["variable", "type", "default", "meaning"], rows)]
     return "\n".join(parts)
 
 
@@ -146,8 +146,8 @@ def datasets_page() -> str:
         parts.append(f"Key: {', '.join(f'`{name}`' for name in dataset.key)}. Partitions: {partitions}.\n")
         rows: list[list[object]] = [
             [
-                f"`{field.name}`",
-                f"`{field.type}`",
+                _code(field.name),
+                _code(field.type),
                 "yes" if field.nullable else "",
                 (field.metadata or {}).get(b"description", b"").decode(),
                 lineage.in_words(dataset.name, field.name) if dataset.name in lineage.UPSTREAM else "",
@@ -185,7 +185,7 @@ def assets_page() -> str:
             upstream = ", ".join(
                 f"`{key.to_user_string()}`" for key in sorted(node.parent_keys, key=lambda k: k.path)
             )
-            name = f"`{node.key.to_user_string()}`"
+            name = _code(node.key.to_user_string())
             rows.append([name, partitions, _first(node.description), upstream, ", ".join(sorted(checks))])
         parts += [f"## {group}\n", _table(["asset", "partitions", "what it is", "made from", "checks"], rows)]
     jobs = [

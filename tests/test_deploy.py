@@ -55,7 +55,8 @@ def test_every_setting_is_in_the_reference() -> None:
     nested = {"GRAFT_PLANET", "GRAFT_KUBERNETES"}
     assert {setting.variable for setting in settings()} == variables() - nested
     page = settings_page()
-    assert all(f"`{name}`" in page for name in variables() - nested)
+    assert all(f"<code>{name}</code>" in page for name in variables() - nested)
+    assert [setting.variable for setting in settings() if not setting.description] == []
     assert "Storage root: a folder, or any URL" in page
 
 
