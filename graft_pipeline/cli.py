@@ -551,6 +551,7 @@ def serve(
         raise InputError(f"No sensor {sensor!r}: use one of {', '.join(settings.sensor_records)}.")
     with storage.explained():
         index = SearchIndex.open(storage.root, sensor)
+        index.load()
         folder = storage.models_folder / f"sensor={sensor}" / "image_encoder" / "encoder"
         clip = load_clip(f"local-dir:{folder}")
         index.check_model(clip.fingerprint())

@@ -25,8 +25,8 @@ from graft_pipeline.search_index import (
     ShortlistFile,
     drop_copies,
     index_folder,
-    local_copy,
     open_part,
+    open_shortlist,
     read_manifest,
     read_sources,
 )
@@ -68,6 +68,10 @@ class _OpenPart:
     def _opened(self) -> tuple[pa.RecordBatch, npt.NDArray[np.float32]]:
         table, vectors = open_part(self._path)
         return table.combine_chunks().to_batches(max_chunksize=max(1, self.rows))[0], vectors
+
+    def load(self) -> None:
+        """Open the file."""
+        _ = self._opened
 
     @property
     def vectors(self) -> npt.NDArray[np.float32]:
@@ -193,6 +197,17 @@ class SearchIndex:
         """Regions in the index, sorted."""
         return list(self._manifest.parts)
 
+    def load(self) -> None:
+        """Open every file of the index now: for servers, which go on when an update removes files of the old index.
+
+        Raises:
+            DataError: if a file is damaged, or gone.
+        """
+        for part in self._parts:
+            part.load()
+        if self._manifest.shortlist is not None:
+            _ = self._shortlist
+
     def check_model(self, model_id: str) -> None:
         """Refuse vectors of another encoder.
 
@@ -287,10 +302,8 @@ class SearchIndex:
 
     @cached_property
     def _shortlist(self) -> "Shortlist":
-        from graft_pipeline.shortlist import Shortlist
-
         assert self._manifest.shortlist is not None
-        return Shortlist.read(local_copy(self._folder / self._manifest.shortlist.file))
+        return open_shortlist(self._folder / self._manifest.shortlist.file)
 
     def _shortlisted(
         self,

@@ -42,6 +42,8 @@ from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, search_part
 if TYPE_CHECKING:
     from upath import UPath
 
+    from graft_pipeline.shortlist import Shortlist
+
 logger = logging.getLogger(__name__)
 
 #: Changes with what a part holds: parts of another version are made anew.
@@ -403,7 +405,7 @@ def _update_shortlist(
     from graft_pipeline.shortlist import Shortlist
 
     if old.file:
-        index = Shortlist.read(local_copy(folder / old.file))
+        index = open_shortlist(folder / old.file)
         for region in gone:
             index.remove(old.first_ids[region], known.parts[region].rows)
     else:
@@ -450,7 +452,7 @@ def open_part(path: "UPath") -> tuple[pa.Table, npt.NDArray[np.float32]]:
             # What is mapped outlives the file's descriptor, of which there are fewer than regions.
             table = pa.ipc.open_file(source).read_all()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is gone: materialise the search index again.") from error
+        raise _gone(path) from error
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{path} is damaged ({error}): delete it and materialise the search index again."
@@ -458,6 +460,32 @@ def open_part(path: "UPath") -> tuple[pa.Table, npt.NDArray[np.float32]]:
     width = table.schema.field("embedding").type.list_size
     vectors = np.asarray(table["embedding"].combine_chunks().flatten()).reshape(table.num_rows, width)
     return table.drop_columns(["embedding"]), vectors
+
+
+def open_shortlist(path: "UPath") -> "Shortlist":
+    """Read a shortlist.
+
+    Args:
+        path: its faiss file; one of an object store is copied to this machine first.
+
+    Returns:
+        The shortlist.
+
+    Raises:
+        DataError: if the file is gone or damaged.
+    """
+    from graft_pipeline.shortlist import Shortlist
+
+    try:
+        return Shortlist.read(local_copy(path))
+    except FileNotFoundError as error:
+        raise _gone(path) from error
+
+
+def _gone(path: "UPath") -> DataError:
+    return DataError(
+        f"{path} is gone, as after an update: search again; if it is still gone, materialise the search index."
+    )
 
 
 def local_copy(path: "UPath") -> Path:

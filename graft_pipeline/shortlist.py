@@ -85,15 +85,18 @@ class Shortlist:
             The index.
 
         Raises:
-            DataError: if the file is gone or damaged.
+            FileNotFoundError: if there is none.
+            DataError: if it is damaged.
         """
         import faiss
 
+        # faiss does not tell a missing file from a damaged one.
+        path.stat()
         try:
             return cls(faiss.read_index(str(path)))
         except RuntimeError as error:
             raise DataError(
-                f"{path} is damaged or gone: delete its folder and materialise the search index again."
+                f"{path} is damaged: delete it and materialise the search index again."
             ) from error
 
     def write(self, path: Path) -> None:

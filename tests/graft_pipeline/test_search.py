@@ -232,6 +232,22 @@ def test_a_shortlist_follows_its_regions(root: UPath) -> None:
     assert not list(search_index.index_folder(root, SENSOR).glob("*.faiss"))
 
 
+def test_an_index_that_is_loaded_outlives_an_update(root: UPath) -> None:
+    collect(root)
+    search_index.update(root, SENSOR, exact_rows=0)
+    vector = unit(np.ones(WIDTH))
+    loaded, opened = SearchIndex.open(root, SENSOR), SearchIndex.open(root, SENSOR)
+    loaded.load()
+    answer = hits(SearchIndex.open(root, SENSOR).search(vector, 9))
+    collect(root, seed=1)
+    search_index.update(root, SENSOR, exact_rows=0)
+    # Copies of an object store's files are dropped when the new index is opened.
+    assert hits(SearchIndex.open(root, SENSOR).search(vector, 9)) != answer
+    assert hits(loaded.search(vector, 9)) == answer
+    with pytest.raises(DataError, match="is gone"):
+        opened.search(vector, 9)
+
+
 class Killed(BaseException):
     pass
 
@@ -330,6 +346,12 @@ def test_damage_is_said_and_healed(tmp_path: Path) -> None:
         SearchIndex.open(root, SENSOR).search(np.ones(WIDTH, np.float32), 3)
     part.unlink()
     assert search_index.update(root, SENSOR).made == ("N42W071",)
+    search_index.update(root, SENSOR, exact_rows=0)
+    (shortlist,) = folder.glob("*.faiss")
+    shortlist.write_bytes(shortlist.read_bytes()[:1000])
+    with pytest.raises(DataError, match="delete it and materialise"):
+        SearchIndex.open(root, SENSOR).search(np.ones(WIDTH, np.float32), 3)
+    search_index.update(root, SENSOR)
     (folder / "index.json").write_text("{}")
     with pytest.raises(DataError, match="is damaged"):
         SearchIndex.open(root, SENSOR)
