@@ -109,6 +109,7 @@ def search_locations(
         changed=changed,
         findings=[rules.not_empty(table, advice)],
         picture=picture,
+        caption=f"Discs are what is searched: {world.search_radius_km:g} km around each location.",
     )
 
 
@@ -256,6 +257,7 @@ def outdoor_photos(
         table,
         changed=changed,
         picture=picture,
+        caption="Green frames are kept as outdoor photos, red ones are not paired.",
         pictures={"scores": previews.histograms({"outdoor score": scores}, title=f"{key}: outdoor scores")},
         outdoor_share=share,
         classifier=scene_classifier.classifier_id,

@@ -115,10 +115,12 @@ def shown(pictures: Mapping[str, bytes], captions: Mapping[str, str] | None = No
 
     Args:
         pictures: PNG or JPEG by name of the entry.
-        captions: of those that need more than their name.
+        captions: what stands below those that need it.
     """
     return {
-        name: dg.MetadataValue.md(to_markdown(picture, (captions or {}).get(name, name.replace("_", " "))))
+        name: dg.MetadataValue.md(
+            f"{to_markdown(picture, name.replace('_', ' '))}\n\n{(captions or {}).get(name, '')}".rstrip()
+        )
         for name, picture in previews.fit(pictures).items()
     }
 
@@ -185,6 +187,7 @@ def report_table(
     findings: Sequence[Finding] = (),
     picture: bytes | None = None,
     pictures: Mapping[str, bytes] | None = None,
+    caption: str = "",
     version: str | None = None,
     **extra: Any,
 ) -> dg.MaterializeResult:
@@ -197,6 +200,7 @@ def report_table(
         findings: domain rules that were checked; the schema is always checked.
         picture: PNG or JPEG preview.
         pictures: more of them, by name. Rows that are not ok are drawn by reason, if there are any.
+        caption: what stands below the preview.
         version: fingerprint of the content where it is known already; None: of the table.
         **extra: more metadata.
 
@@ -210,7 +214,7 @@ def report_table(
     metadata: dict[str, Any] = {
         "dagster/row_count": table.num_rows,
         "is_changed": changed,
-        **shown(drawn, {"preview": dataset.name}),
+        **shown(drawn, {"preview": caption}),
         **counts,
         **extra,
     }

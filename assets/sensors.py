@@ -239,6 +239,7 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
                 seed=world.seed,
                 footprint_px=sensor.crop_px,
             ),
+            caption="A chip with its footprint, and photos in it: a photo's frame has the colour of its dot.",
             pictures={"photos_and_times": sheets.pair_charts(table, f"{sensor.name} pairs")},
             tiles=pc.count_distinct(table["tile_id"]).as_py(),
             photos=pc.count_distinct(table["photo_id"]).as_py(),
