@@ -117,7 +117,7 @@ def build_benchmark(
     west, south, east, north = bounds
     projection = Projection(utm_epsg((west + east) / 2, (south + north) / 2))
     coarse = _coarse_grid(projection, bounds, sensor)
-    cover = _coarse_cover(truth, coarse)
+    cover = coarse_cover(truth, coarse)
     labelled = _dominated_places(cover, truth.classes, chips_per_class, rng)
     labelled = {name: places for name, places in labelled.items() if len(places) >= MIN_CHIPS}
     stratified = _stratified_places(cover, len(truth.classes), segmentation_chips, rng)
@@ -169,8 +169,16 @@ def _coarse_grid(projection: Projection, bounds: tuple[float, float, float, floa
     return Grid(projection.epsg, float(x_min), float(y_min) + rows * gsd, gsd, columns, rows)
 
 
-def _coarse_cover(truth: PlanetTruth, grid: Grid) -> np.ndarray:
-    """The class at the middle of every cell, from a finer map asked for in strips: quicker, and little memory."""
+def coarse_cover(truth: PlanetTruth, grid: Grid) -> np.ndarray:
+    """The class at the middle of every cell, from a finer map asked for in strips: quicker, and little memory.
+
+    Args:
+        truth: the planet's truth.
+        grid: of the cells.
+
+    Returns:
+        (height, width) uint8 class ids.
+    """
     finer = max(1, int(np.ceil(grid.gsd_m / COARSEST_TRUTH_M)))
     gsd, width = grid.gsd_m / finer, grid.width_px * finer
     rows = max(1, MAX_TRUTH_CELLS // (width * finer))

@@ -17,7 +17,7 @@ from upath import UPath
 from graft_pipeline.geometry import Grid, Projection, utm_epsg
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.manifests import write_bytes_atomic
-from resources.planet.benchmark import fetch_crops, square_of
+from resources.planet.benchmark import coarse_cover, fetch_crops, square_of
 from resources.planet.truth_client import PlanetTruth
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _places(
     gsd = side_m / 16
     columns, rows = (int(min(640, extent // gsd)) for extent in (x_max - x_min, y_max - y_min))
     coarse = Grid(projection.epsg, float(x_min), float(y_min) + rows * gsd, gsd, columns, rows)
-    cover = truth.land_cover(coarse)
+    cover = coarse_cover(truth, coarse)
     taken = np.zeros(cover.shape, bool)
     # Half an image and the shift from the border, an image and two shifts from the next.
     taken[:14], taken[-14:], taken[:, :14], taken[:, -14:] = True, True, True, True
