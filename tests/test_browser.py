@@ -96,6 +96,12 @@ def test_a_region_partition_shows_its_preview(ui: str, page: Any, demo_folder: P
     shot(page, "pairs_partition")
 
 
+def test_columns_say_where_they_come_from(ui: str, page: Any) -> None:
+    page.goto(f"{ui}/assets/naip/pairs?view=overview")
+    page.get_by_text("from chips.scene_id").first.wait_for()
+    shot(page, "pairs_columns")
+
+
 def test_scores_are_materialised_with_pictures(ui: str, page: Any) -> None:
     page.goto(f"{ui}/assets/naip/zero_shot_scores?view=events")
     page.get_by_text("accuracy/image_encoder").first.wait_for()
