@@ -1,9 +1,9 @@
 """How long `graft trace` looks for a tile or a photo among millions of pairs in hundreds of regions.
 
 `python benchmarks/tracing.py [--regions 900] [--pairs-per-region 11200] [--json FILE] [--scratch FOLDER]`. Two regions
-are drawn and written as the pipeline writes them; the others are links to the second. Beside it, in the same run: reading
-the id columns of `flickr_photos` and `pairs` whole, as looking without statistics or an engine would. Every step is a
-process of its own, start and imports included.
+are drawn and written as the pipeline writes them; the others are links to the second. Beside it, in the same run:
+reading the id columns whole, as looking without statistics or an engine would. Every step is a process of its own,
+start and imports included.
 """
 
 import argparse
