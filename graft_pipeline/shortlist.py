@@ -100,7 +100,7 @@ class Shortlist:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Write the index to a local file; same history, same bytes."""
+        """Write the index to a local file; same history on as many cores, same bytes."""
         import faiss
 
         faiss.write_index(self._index, str(path))
