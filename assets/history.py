@@ -11,9 +11,12 @@ from dagster._core.event_api import PartitionKeyFilter
 
 from assets.keys import FOUNDATION_KEY
 from graft_pipeline import rules, schemas
+from graft_pipeline.grid import SUFFIX
 from graft_pipeline.lineage import MODELS
 from graft_pipeline.trace import Check, Step, Trace
 
+#: What makes tiles that no photo centres (assets/grid.py).
+GRID_ASSETS = ("grid_chips", "grid_embeddings")
 CODE_VERSION, DATA_VERSION = "dagster/code_version", "dagster/data_version"
 
 
@@ -37,6 +40,11 @@ def _assets(found: Trace) -> Iterator[tuple[dg.AssetKey, str | None]]:
     for region in found.regions:
         yield from ((dg.AssetKey(name), region) for name in _by_region(("region",)))
     for sensor in found.sensors:
+        if sensor.endswith(SUFFIX):
+            of = sensor.removesuffix(SUFFIX)
+            for region in found.regions:
+                yield from ((dg.AssetKey([of, name]), region) for name in ("scenes", *GRID_ASSETS))
+            continue
         for region in found.regions:
             names = [
                 name for name in _by_region(("sensor", "region")) if name != schemas.CHIP_EMBEDDINGS.name

@@ -148,10 +148,14 @@ def _trace_tile(root: UPath, tile_id: str) -> Trace:
             rows = _Rows(database, root, records)
             rows.region(region)
             (center,) = rows.add(f"tile {tile_id}", schemas.TILES, "tile_id", [tile_id], sensor, region)
-            rows.photo(center["center_photo_id"], region)
+            is_of_grid = not center["center_photo_id"]
+            if not is_of_grid:
+                rows.photo(center["center_photo_id"], region)
             rows.chip(tile_id, sensor, region)
             paired = rows.pairs("tile_id", tile_id, sensor, region)
-            if not paired:
+            if is_of_grid:
+                notes.append(f"{tile_id} lies on the regular grid: no photo is paired with it")
+            elif not paired:
                 notes.append(
                     f"{tile_id} has no pair: see the reason of its chip, and `pairs` of {region} may be older than it"
                 )

@@ -26,6 +26,7 @@ COMMANDS = [
     ["map"],
     ["serve"],
     ["status"],
+    ["trace"],
 ]
 
 
@@ -58,6 +59,12 @@ def test_a_purge_says_what_it_did_or_what_is_wrong(tmp_path: Path) -> None:
     done = graft("photos", "purge", "123", "--owner", "7@N00", root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "newly listed photos" in done.stdout
+    traced = graft("trace", "123", "-o", str(tmp_path / "123.md"), root=tmp_path)
+    assert traced.returncode == 0, traced.stderr
+    assert "photo 123 was purged" in traced.stdout
+    assert "photo 123 was purged" in (tmp_path / "123.md").read_text()
+    unknown = graft("trace", "124", root=tmp_path)
+    assert (unknown.returncode, "No tile or photo '124'" in unknown.stderr) == (1, True)
     listed = graft("query", "SELECT photo_id, reason FROM purged_photos", "--csv", root=tmp_path)
     assert listed.stdout.split() == ["photo_id,reason", "123,requested"]
 

@@ -14,6 +14,7 @@ from upath import UPath
 
 from graft_pipeline import chips, ground_images, pairing, purging, sampling, schemas, trace
 from graft_pipeline.errors import InputError
+from graft_pipeline.grid import grid_sensor, grid_tiles
 from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.imagery import NAIP
 from graft_pipeline.regions import Region
@@ -191,3 +192,14 @@ def test_markup_in_a_title_is_shown_not_obeyed(storage: Storage, tmp_path: Path)
     console = Console(width=400, record=True, file=StringIO())
     console.print(trace.tree(found, []))
     assert "[red]" in console.export_text()
+
+
+def test_a_tile_of_the_grid_has_no_photo_and_says_so(storage: Storage) -> None:
+    sensor = grid_sensor(NAIP)
+    tiles = grid_tiles(REGION, REGION.polygon, sensor, 9000.0).slice(0, 1)
+    storage.write(schemas.TILES, tiles, sensor=sensor.name, region=REGION.key)
+    tile_id = tiles["tile_id"][0].as_py()
+    found = trace.trace(storage.root, tile_id)
+    assert found.sensors == ("naip_grid",)
+    assert [record.dataset for record in found.records] == ["tiles"]
+    assert found.notes == (f"{tile_id} lies on the regular grid: no photo is paired with it",)
