@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from upath import UPath
 
-from graft_pipeline import chips, ground_images, pairing, purging, sampling, schemas, trace
+from graft_pipeline import chips, ground_images, pairing, purging, sampling, schemas, trace, training_sets
 from graft_pipeline.errors import InputError
 from graft_pipeline.grid import grid_sensor, grid_tiles
 from graft_pipeline.ground_images import FetchedImage
@@ -203,3 +203,18 @@ def test_a_tile_of_the_grid_has_no_photo_and_says_so(storage: Storage) -> None:
     assert found.sensors == ("naip_grid",)
     assert [record.dataset for record in found.records] == ["tiles"]
     assert found.notes == (f"{tile_id} lies on the regular grid: no photo is paired with it",)
+
+
+def test_training_sets_that_hold_it_are_named(storage: Storage) -> None:
+    vectors = [{"photo_id": name, "embedding": [0.6, 0.8], "model_id": "m"} for name in ("100", "200")]
+    storage.write(
+        schemas.GROUND_EMBEDDINGS,
+        pa.Table.from_pylist(vectors, schema=schemas.GROUND_EMBEDDINGS.schema),
+        region=REGION.key,
+    )
+    made = training_sets.build_training_set(storage.root, NAIP)
+    for item, photos in (("naip-100", ["100", "200"]), ("200", ["200"])):
+        found = trace.trace(storage.root, item).of(schemas.TRAINING_PAIRS)
+        assert [record.values["photo_id"] for record in found] == photos
+        assert {record.about for record in found} == {f"training set {made.fingerprint} of naip"}
+    assert "2 numbers, length 1.000" in trace.to_html(trace.trace(storage.root, "100"), [], {})
