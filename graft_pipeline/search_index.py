@@ -301,12 +301,13 @@ def update(
             parts[region] = known.parts[region]
         else:
             table, lost = _part_table(root, sensor, region)
-            if width not in (0, table.schema.field("embedding").type.list_size):
+            found = table.schema.field("embedding").type.list_size
+            if width not in (0, found):
                 raise DataError(
-                    f"{region}: embeddings of encoder {wanted} are not as wide as elsewhere ({width}): "
-                    f"materialise its {sensor}/chip_embeddings with full_refresh."
+                    f"{region}: embeddings of encoder {wanted} have {found} dimensions, elsewhere {width}: "
+                    f"delete that file of {CHIP_EMBEDDINGS.name} and materialise it again."
                 )
-            width = table.schema.field("embedding").type.list_size
+            width = found
             parts[region] = _write_part(folder, region, source, table)
             made.append(region)
             without_chip += lost
@@ -321,8 +322,9 @@ def update(
         folder / "index.json", (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     )
     # Only now: until its manifest was replaced, a reader of the old index could still ask for them.
+    kept = files_of(manifest)
     for file in folder.iterdir():
-        if file.name not in files_of(manifest) and file.suffix in (".arrow", ".faiss"):
+        if file.name not in kept and file.suffix in (".arrow", ".faiss"):
             file.unlink()
     removed = tuple(region for region in known.parts if region not in parts)
     return Update(manifest, tuple(made), removed, without_chip, is_changed, time.perf_counter() - started)
@@ -513,8 +515,9 @@ def local_copy(path: "UPath") -> Path:
 def drop_copies(folder: "UPath", manifest: Manifest) -> None:
     """Remove local copies of files that an index on an object store no longer has."""
     if not is_local(folder) and _cache(folder).exists():
+        kept = files_of(manifest)
         for file in _cache(folder).iterdir():
-            if file.name not in files_of(manifest):
+            if file.name not in kept:
                 file.unlink(missing_ok=True)
 
 
@@ -544,8 +547,9 @@ def _part_table(root: "UPath | Path", sensor: str, region: str) -> tuple[pa.Tabl
     embedded, chips = embedded.sort_by("tile_id"), chips.filter(pc.equal(chips["status"], "ok"))
     position = pc.index_in(embedded["tile_id"], chips["tile_id"].combine_chunks())
     has_chip = pc.is_valid(position)
+    # Before rows are left out: without any, nobody knows how wide they are.
+    vectors = vectors_of(embedded)[has_chip.to_numpy()]
     embedded, position = embedded.filter(has_chip), position.filter(has_chip)
-    vectors = vectors_of(embedded)
     schema = search_part(vectors.shape[1])
     columns = {
         "tile_id": embedded["tile_id"],

@@ -315,8 +315,21 @@ def test_an_index_holds_vectors_of_one_encoder(root: UPath) -> None:
     made = search_index.update(root, SENSOR, model_id="new")
     assert (made.manifest.rows, list(made.manifest.left_out)) == (1, ["N41W072", "N42W071"])
     write_region(root, "N41W072", unit(np.ones((3, 5))), corner=(41, -72), model_id="new")
-    with pytest.raises(DataError, match="not as wide"):
+    with pytest.raises(DataError, match="5 dimensions, elsewhere 8"):
         search_index.update(root, SENSOR, model_id="new")
+
+
+@pytest.mark.parametrize("exact_rows", [search_index.EXACT_ROWS, 0], ids=["exact", "shortlist"])
+def test_a_region_without_chips_has_no_tiles(tmp_path: Path, exact_rows: int) -> None:
+    root = UPath(tmp_path)
+    collect(root)
+    partition_file(root, CHIPS, sensor=SENSOR, region="N42W071").unlink()
+    made = search_index.update(root, SENSOR, exact_rows=exact_rows)
+    # And the last tile of N41W072.
+    assert (made.manifest.rows, made.without_chip) == (50, 71)
+    assert not search_index.update(root, SENSOR, exact_rows=exact_rows).is_changed
+    index = SearchIndex.open(root, SENSOR)
+    assert (index.search(unit(np.ones(WIDTH)), 100).num_rows, index.stale) == (50, {})
 
 
 def test_a_purged_photo_leaves_the_index(
