@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: An answer is a few lines; whatever is larger is none.
 _MAX_BYTES = 1 << 20
+#: Somebody waits for the answer: about ten seconds of trouble are outlasted, not a minute as in a collection.
+_ATTEMPTS = 4
 #: 429 with one of these codes does not pass with time.
 _OUT_OF_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 
@@ -67,7 +69,7 @@ class ProgramModel:
         self._model = model
         self._key = key
         self._options: dict[str, Any] = {"temperature": 0, "seed": seed, "max_tokens": max_tokens}
-        self._retries = retries or Retries()
+        self._retries = retries or Retries(_ATTEMPTS)
         self._pool = HttpPool(connections=1, timeout_s=timeout_s, deadline_s=timeout_s)
         self._redaction = Redaction([key.get_secret_value()] if key else [])
 

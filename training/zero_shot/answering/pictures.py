@@ -9,15 +9,17 @@ import numpy as np
 
 from graft_pipeline import previews
 from training.zero_shot.answering.evidence import draw
+from training.zero_shot.answering.rsvqa import KINDS
 from training.zero_shot.answering.scoring import AnswerEvaluation, Example
 
 _CELL_PX = 240
+_MOST_LABELS = 24
 #: Counting errors beyond this are one bar.
 _FARTHEST = 5
 
 
 def answer_pictures(made: AnswerEvaluation) -> dict[str, bytes]:
-    """Pictures of each answerer: a confusion matrix of every type, counting errors, examples.
+    """Pictures of each answerer: confusion matrices of counts and areas, counting errors, examples.
 
     Args:
         made: the evaluation.
@@ -28,8 +30,10 @@ def answer_pictures(made: AnswerEvaluation) -> dict[str, bytes]:
     pictures: dict[str, bytes] = {}
     for name, of_types in made.confusion.items():
         for of, (labels, matrix) in of_types.items():
-            title = f"{made.dataset}, {of}: {name}"
-            pictures[f"answers_{of}_{_file_name(name)}"] = previews.confusion(matrix, labels, title=title)
+            # Of two answers, the accuracy says nearly all; of very many, nobody reads a matrix.
+            if KINDS[of] in ("count", "area") and len(labels) <= _MOST_LABELS:
+                title = f"{made.dataset}, {of}: {name}"
+                pictures[f"answers_{of}_{_file_name(name)}"] = previews.confusion(matrix, labels, title=title)
     if any(made.count_errors.values()):
         pictures["counting_errors"] = count_error_bars(made.count_errors, made.dataset)
     for name, examples in made.examples.items():
