@@ -167,6 +167,8 @@ def _enter(folder: Path) -> None:
     """Make this process one of the deployment in a folder; its log lines go to the instance only."""
     os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
     os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
+    # As the Makefile says, for those who call graft themselves; torch is not loaded yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Log lines are in the instance; here they would tear the bars. With a handler on the root logger, no library
     # adds one that prints.
     logging.getLogger("dagster").setLevel(logging.CRITICAL)
