@@ -151,3 +151,35 @@ def test_every_rule_has_a_description() -> None:
     with pytest.raises(KeyError):
         rules.DESCRIPTIONS["unknown"]
     assert {"schema", "center_spacing", "photo_cap"} <= set(rules.DESCRIPTIONS)
+
+
+def status_rows(*reasons: str | None) -> pa.Table:
+    """Rows that are ok, or failed for a reason."""
+    statuses = ["failed" if reason else "ok" for reason in reasons]
+    return pa.table({"status": statuses, "reason": pa.array(reasons, pa.string())})
+
+
+def test_an_unusual_share_of_failures_warns_with_the_commonest_reason() -> None:
+    few = status_rows("gone", *[None] * 9)
+    assert rules.failure_share(few).passed
+    many = rules.failure_share(status_rows("gone", "timeout", "timeout", *[None] * 17))
+    assert many.violations == 3
+    assert "timeout most often" in many.message
+    assert rules.failure_share(status_rows()).passed
+
+
+def test_missing_pixels_are_counted_apart_from_other_failures() -> None:
+    assert rules.nodata_share(status_rows("nodata", *["cloudy"] * 9, *[None] * 10)).passed
+    assert rules.nodata_share(status_rows("nodata", "nodata", *[None] * 18)).violations == 2
+    assert rules.nodata_share(status_rows()).passed
+
+
+def test_an_empty_region_says_what_to_do() -> None:
+    empty = rules.not_empty(status_rows(), "register an area")
+    assert (empty.violations, empty.message) == (1, "register an area")
+    assert rules.not_empty(status_rows(None), "register an area").passed
+
+
+def test_rules_that_warn_are_described_as_such() -> None:
+    for name in rules.WARNINGS:
+        assert "Warns" in rules.DESCRIPTIONS[name]
