@@ -814,15 +814,15 @@ def backfill(
         )
         counts = [f"{sum(c.reason == r for c in choices)} {r}" for r in ("missing", "failed", "stale")]
         busy = sum(state.is_busy for state in states)
-        _table(
-            f"{len(choices)} of {len(states)} regions ({', '.join(counts)}; {busy} busy already)",
-            ["region", "why", "expected Flickr calls"],
-            [[c.key, c.reason, c.calls] for c in choices[:20]],
-        )
-        if len(choices) > 20:
-            typer.echo(f"... and {len(choices) - 20} more.")
+        typer.echo(f"{len(choices)} of {len(states)} regions: {', '.join(counts)}. Busy already: {busy}.")
         if not choices:
             return
+        shown = [[c.key, c.reason, c.calls] for c in choices[:20]]
+        _table(
+            "First to last" if len(choices) <= 20 else "The first 20",
+            ["region", "why", "Flickr calls"],
+            shown,
+        )
         pace = incremental.hours(choices, settings.flickr_calls_per_hour)
         typer.echo(f"About {sum(c.calls for c in choices):,} Flickr calls: {pace:.1f} hours at the quota.")
         if dry_run:

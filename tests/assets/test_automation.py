@@ -259,7 +259,7 @@ def test_a_backfill_from_the_command_line_is_requested_once(
     report(deployment, "flickr_photos", regions[0])
     run = CliRunner().invoke
     shown = run(app, ["backfill", "--area", "here", "--dry-run"])
-    assert "1 of 2 regions (1 missing" in shown.output
+    assert "1 of 2 regions: 1 missing" in shown.output
     assert not deployment.instance.get_backfills()
     assert "is requested" in run(app, ["backfill", "--area", "here"]).output
     (backfill,) = deployment.instance.get_backfills()
