@@ -2,6 +2,8 @@
 
 import io
 import socket
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ import tenacity
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from graft_pipeline.errors import ItemError, ServiceError, SettingsError
+from graft_pipeline.errors import DataError, ItemError, ServiceError, SettingsError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import NAIP
 from graft_pipeline.settings import Settings, load_settings
+from graft_pipeline.shards import BLANK_NAME, blank_members
 from resources.earth_engine import decode_chip
 from resources.http import Retries, TransientError, is_private_host
 from resources.images import MAX_SCANS, ImageFetcher, encode
@@ -162,3 +165,34 @@ def test_blocks_of_a_geotiff_are_bounded() -> None:
     assert claimed != small
     with pytest.raises(TransientError, match="blocks of"):
         decode_chip(claimed, NAIP, grid)
+
+
+def test_a_hostile_shard_reaches_nothing_beside_it(tmp_path: Path) -> None:
+    """Members are found by their headers and never extracted: links and .. mean nothing."""
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes(b"precious")
+    folder = tmp_path / "region"
+    folder.mkdir()
+    with tarfile.open(folder / "images-00000.tar", "w") as tar:
+        link = tarfile.TarInfo("123.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+        tar.addfile(link)
+        for name in ("../outside.jpg", "456.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 8
+            tar.addfile(member, io.BytesIO(b"contents"))
+    assert blank_members(folder, "images-00000.tar", {"123", "456", "../outside"}) == 2
+    with tarfile.open(folder / "images-00000.tar") as tar:
+        assert [member.name for member in tar] == [BLANK_NAME, "../outside.jpg", BLANK_NAME]
+    assert outside.read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "images-00000.tar",
+        "outside.jpg",
+    ]
+
+    # A member that claims a terabyte is not believed.
+    large = tarfile.TarInfo("789.jpg")
+    large.size = 1 << 40
+    (folder / "images-00001.tar").write_bytes(large.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match="images-00001"):
+        blank_members(folder, "images-00001.tar", {"789"})
