@@ -42,7 +42,9 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         "Is the number of orchards equal to the number of ponds?",
         'equal(count(find("orchard")), count(find("pond")))',
     ),
-    ("Is it a rural or an urban area?", 'classify("rural area", "urban area")'),
+    # The answer is one of the question's two words.
+    ("Is it a rural or an urban area?", str(write_program("Is it a rural or an urban area?"))),
+    ("Is this a forest or a desert?", 'classify("forest", "desert")'),
     (
         "Is more than half of the image farmland, and is there no river?",
         'farmland = find("farmland")\nboth(more(share(farmland), 0.5), negate(exists(find("river"))))',
