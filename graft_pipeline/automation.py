@@ -4,6 +4,7 @@ What an asset does is in assets/, which assets exist in definitions.py; which re
 is decided in incremental.py, of which this is the side that talks to Dagster's instance.
 """
 
+import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
 from dagster._core.utils import make_new_backfill_id
 
+from assets.reporting import OWNERS
 from graft_pipeline import areas, incremental
 from graft_pipeline.errors import InputError, SettingsError
 from graft_pipeline.incremental import Budget, Choice, RegionState
@@ -88,25 +90,26 @@ def build_jobs(
     """
     names = list(sensors)
     select = dg.AssetSelection.assets
+    job = functools.partial(dg.define_asset_job, owners=OWNERS)
     jobs = [
-        dg.define_asset_job("register_regions", select("regions"), description="Areas to region partitions."),
-        dg.define_asset_job(
+        job("register_regions", select("regions"), description="Areas to region partitions."),
+        job(
             "collect_region",
             select(*region_keys(names)),
             description="One region from Flickr search to the pair manifests of every sensor.",
             tags=MAX_RUNTIME,
         ),
-        dg.define_asset_job(
+        job(
             "learn",
             select(*keys_of(names, LEARNING)),
             description="Training sets of all regions, and the satellite encoders.",
         ),
-        dg.define_asset_job(
+        job(
             "index_region",
             select(*keys_of(names, ["chip_embeddings"])),
             description="Embeddings of one region's chips, for search and maps.",
         ),
-        dg.define_asset_job(
+        job(
             "update_index",
             select(*keys_of(names, ["search_index"])),
             description="Search indexes over all regions: those that were embedded since are indexed anew.",
@@ -114,7 +117,7 @@ def build_jobs(
     ]
     if grids := keys_of(gridded, ["grid_chips", "grid_embeddings"]):
         jobs.append(
-            dg.define_asset_job(
+            job(
                 "grid_region",
                 select(*grids),
                 description="Chips and embeddings of one region's regular grid.",
@@ -122,7 +125,7 @@ def build_jobs(
         )
     if has_maps:
         jobs.append(
-            dg.define_asset_job(
+            job(
                 "map_concepts",
                 select(*keys_of(names, ["concept_maps", *(["concept_map_scores"] if has_scores else [])])),
                 description="Maps of the deployment's concepts, and on the planet what they are worth.",
@@ -130,12 +133,12 @@ def build_jobs(
         )
     if has_scores:
         jobs += [
-            dg.define_asset_job(
+            job(
                 "score",
                 select(*keys_of(names, SCORES)),
                 description="Zero-shot scores on ground that no training tile touches.",
             ),
-            dg.define_asset_job(
+            job(
                 "ablate",
                 select(*keys_of(names, ["ablations"])),
                 description="The paper's ablations of every sensor: variants trained with several seeds, a table.",
@@ -311,6 +314,7 @@ def build_schedules(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sche
         cron_schedule=f"0 */{every} * * *" if every < 24 else "0 0 * * *",
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
+        owners=OWNERS,
         description=(
             "Regions that were never searched, then those with most news, as many as Flickr's quota allows until the "
             "next tick."
@@ -359,6 +363,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         job=jobs["register_regions"],
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
+        owners=OWNERS,
         description="Makes the regions of an area partitions as soon as its file is new or changed.",
     )
     def register_new_areas(context: dg.SensorEvaluationContext) -> Any:
@@ -381,6 +386,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         job=jobs["learn"],
         minimum_interval_seconds=300,
         default_status=dg.DefaultSensorStatus.STOPPED,
+        owners=OWNERS,
         description="Builds a training set when pairs changed, and trains encoders when it did, not too often.",
     )
     def train_on_change(context: dg.SensorEvaluationContext) -> dg.SensorResult:
