@@ -197,17 +197,16 @@ def truth(root: Path, width: int, seed: int, queries: int) -> None:
     world = World(width, seed)
     asked = np.concatenate([world.queries(kind, queries) for kind in KINDS])
     best = {
-        name: (np.full((len(asked), TOP), -2, np.float32), np.zeros((len(asked), TOP), "U24"))
-        for name in FILTERS
+        name: (np.full((len(asked), TOP), -2, np.float32), np.full((len(asked), TOP), -1)) for name in FILTERS
     }
     for file in sorted(root.glob(f"chip_embeddings/sensor={SENSOR}/*/chip_embeddings.parquet")):
         table = pq.ParquetFile(file).read()
-        acquired = pq.ParquetFile(str(file).replace("chip_embeddings", "chips")).read(["acquired_at_utc"])
-        acquired = acquired["acquired_at_utc"].to_numpy()
+        beside = root / "chips" / file.relative_to(root / "chip_embeddings").with_name("chips.parquet")
+        acquired = pq.ParquetFile(beside).read(["acquired_at_utc"])["acquired_at_utc"].to_numpy()
         vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, width)
-        ids = np.array(table["tile_id"].to_pylist())
+        ids = np.array([int(tile_id.removeprefix(f"{SENSOR}-")) for tile_id in table["tile_id"].to_pylist()])
         scores = asked @ vectors.T
-        for name, (nearest, names) in best.items():
+        for name, (nearest, numbers) in best.items():
             wanted = filters(name)
             fits = np.ones(len(ids), bool)
             if wanted.area is not None:
@@ -215,13 +214,17 @@ def truth(root: Path, width: int, seed: int, queries: int) -> None:
                 fits &= shapely.contains_xy(wanted.area, *places)
             if wanted.since is not None:
                 fits &= (acquired >= np.datetime64(wanted.since)) & (acquired < np.datetime64(wanted.until))
-            if not fits.any():
+            some, of_some = scores[:, fits], ids[fits]
+            order = (
+                np.argpartition(-some, min(TOP, len(of_some)) - 1, axis=1)[:, :TOP] if len(of_some) else []
+            )
+            if not len(order):
                 continue
-            both = np.concatenate([nearest, scores[:, fits]], 1)
-            of_both = np.concatenate([names, np.broadcast_to(ids[fits], (len(asked), fits.sum()))], 1)
+            both = np.concatenate([nearest, np.take_along_axis(some, order, 1)], 1)
+            of_both = np.concatenate([numbers, of_some[order]], 1)
             order = np.argpartition(-both, TOP - 1, axis=1)[:, :TOP]
-            nearest[:], names[:] = np.take_along_axis(both, order, 1), np.take_along_axis(of_both, order, 1)
-    np.savez(root / "truth.npz", asked=asked, **{name: names for name, (_, names) in best.items()})
+            nearest[:], numbers[:] = np.take_along_axis(both, order, 1), np.take_along_axis(of_both, order, 1)
+    np.savez(root / "truth.npz", asked=asked, **{name: numbers for name, (_, numbers) in best.items()})
 
 
 def ask(root: Path, queries: int) -> None:
@@ -230,7 +233,7 @@ def ask(root: Path, queries: int) -> None:
 
     from graft_pipeline.search import SearchIndex
 
-    stored = np.load(root / "truth.npz")
+    stored = dict(np.load(root / "truth.npz"))
     opened = time.perf_counter()
     searched = SearchIndex.open(root, SENSOR)
     opened = time.perf_counter() - opened
@@ -246,7 +249,7 @@ def ask(root: Path, queries: int) -> None:
                 start = time.perf_counter()
                 found = searched.search(stored["asked"][number], TOP, wanted)
                 seconds.append(time.perf_counter() - start)
-                true = set(stored[name][number].tolist()) - {""}
+                true = {f"{SENSOR}-{tile}" for tile in stored[name][number] if tile >= 0}
                 recall.append(len(true & set(found["tile_id"].to_pylist())) / len(true))
             rows.append(
                 {
