@@ -314,7 +314,6 @@ def build_schedules(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sche
         cron_schedule=f"0 */{every} * * *" if every < 24 else "0 0 * * *",
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        owners=OWNERS,
         description=(
             "Regions that were never searched, then those with most news, as many as Flickr's quota allows until the "
             "next tick."
@@ -363,7 +362,6 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         job=jobs["register_regions"],
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        owners=OWNERS,
         description="Makes the regions of an area partitions as soon as its file is new or changed.",
     )
     def register_new_areas(context: dg.SensorEvaluationContext) -> Any:
@@ -386,7 +384,6 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         job=jobs["learn"],
         minimum_interval_seconds=300,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        owners=OWNERS,
         description="Builds a training set when pairs changed, and trains encoders when it did, not too often.",
     )
     def train_on_change(context: dg.SensorEvaluationContext) -> dg.SensorResult:
