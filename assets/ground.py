@@ -12,6 +12,7 @@ from assets.keys import AREAS_KEY, FLICKR_KEY, FOUNDATION_KEY
 from assets.reporting import (
     OWNERS,
     RETRY,
+    TYPICAL,
     check_specs,
     measured,
     only_transient_retries,
@@ -213,16 +214,27 @@ def ground_embeddings(
 ) -> dg.MaterializeResult:
     """f_G of every stored ground image, computed once per foundation model."""
     key = context.partition_key
-    table = embeddings.embed_photos(
+    images, folder = (
         storage.read(schemas.GROUND_IMAGES, region=key),
-        storage.read(schemas.GROUND_EMBEDDINGS, region=key),
         storage.folder(schemas.GROUND_IMAGES, region=key),
+    )
+    table = embeddings.embed_photos(
+        images,
+        storage.read(schemas.GROUND_EMBEDDINGS, region=key),
+        folder,
         foundation.embed_images,
         foundation.model_id,
         progress.task(f"{key} ground embeddings"),
     )
     changed = storage.write(schemas.GROUND_EMBEDDINGS, table, region=key)
-    return report_table(schemas.GROUND_EMBEDDINGS, table, changed=changed, foundation_model=foundation.name)
+    return report_table(
+        schemas.GROUND_EMBEDDINGS,
+        table,
+        changed=changed,
+        picture=sheets.typical_sheet(table, images, folder),
+        caption=TYPICAL,
+        foundation_model=foundation.name,
+    )
 
 
 @ground_asset(

@@ -14,6 +14,7 @@ from assets.reporting import (
     LINEAGE,
     OWNERS,
     SCHEMA,
+    TYPICAL,
     check_specs,
     column_lineage,
     fields_schema,
@@ -22,7 +23,7 @@ from assets.reporting import (
     shown,
     table_metadata,
 )
-from graft_pipeline import chips, embeddings, previews, rules, schemas, training_sets
+from graft_pipeline import chips, embeddings, previews, rules, schemas, sheets, training_sets
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.lineage import MODELS
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
@@ -193,17 +194,25 @@ def embed_region(
     def embed(contents):
         return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)
 
+    stored, folder = storage.read(schemas.CHIPS, **place), storage.folder(schemas.CHIPS, **place)
     table = embeddings.embed_chips(
-        storage.read(schemas.CHIPS, **place),
+        stored,
         storage.read(schemas.TILES, **place),
         storage.read(schemas.CHIP_EMBEDDINGS, **place),
-        storage.folder(schemas.CHIPS, **place),
+        folder,
         embed,
         clip.fingerprint(),
         report,
     )
     changed = storage.write(schemas.CHIP_EMBEDDINGS, table, **place)
-    return report_table(schemas.CHIP_EMBEDDINGS, table, changed=changed, encoder=clip.fingerprint())
+    return report_table(
+        schemas.CHIP_EMBEDDINGS,
+        table,
+        changed=changed,
+        picture=sheets.typical_sheet(table, stored, folder),
+        caption=TYPICAL,
+        encoder=clip.fingerprint(),
+    )
 
 
 def training_result(trained: Trained, title: str, snapshot: str) -> dg.MaterializeResult:

@@ -47,6 +47,10 @@ COUNTERS = {
     "images": {"requests": "image_requests", "downloaded_bytes": "downloaded_bytes"},
     "imagery": {"requests": "imagery_requests", "downloaded_bytes": "downloaded_bytes"},
 }
+#: What stands below sheets of the most and least typical photos or chips.
+TYPICAL = (
+    "Nearest to the region's mean embedding; in red frames the farthest: odd photos and bad pixels show here."
+)
 SCHEMA, LINEAGE = "dagster/column_schema", "dagster/column_lineage"
 
 

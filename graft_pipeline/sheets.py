@@ -12,6 +12,7 @@ from upath import UPath
 
 from graft_pipeline import previews
 from graft_pipeline.chips import sample_chips
+from graft_pipeline.embeddings import vectors_of
 from graft_pipeline.ground_images import sample_images
 
 #: A region in; its rows of stored items, and the folder of their shards, out.
@@ -170,6 +171,48 @@ def pair_sheet(
         mark_colours=colours,
         frames=frames,
         squares=squares,
+    )
+
+
+def extreme_rows(embedded: pa.Table, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most and the least typical rows of a region, by the cosine to its mean embedding.
+
+    Args:
+        embedded: rows with an `embedding`, L2-normalised.
+        count: of each; fewer where there are not twice as many rows.
+
+    Returns:
+        Row numbers of the nearest to the mean, nearest first, and of the farthest, farthest first.
+    """
+    vectors = vectors_of(embedded)
+    count = min(count, len(vectors) // 2)
+    if not count:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order = np.argsort(vectors @ vectors.mean(axis=0), kind="stable")
+    return order[::-1][:count], order[:count]
+
+
+def typical_sheet(embedded: pa.Table, stored: pa.Table, folder: UPath, *, count: int = 16) -> bytes:
+    """Two rows each of the most typical photos or chips of a region and of the oddest, as a JPEG.
+
+    Args:
+        embedded: GROUND_EMBEDDINGS or CHIP_EMBEDDINGS rows.
+        stored: GROUND_IMAGES or CHIPS rows.
+        folder: folder of their shards.
+        count: of each.
+    """
+    key, sample = (
+        ("tile_id", sample_chips) if "tile_id" in stored.column_names else ("photo_id", sample_images)
+    )
+    nearest, farthest = (
+        embedded[key].take(pa.array(rows)).to_pylist() for rows in extreme_rows(embedded, count)
+    )
+    rows = stored.filter(pc.is_in(stored[key], pa.array([*nearest, *farthest], pa.string())))
+    shown = dict(sample(folder, rows, rows.num_rows))
+    pictures = [shown[name] for name in (*nearest, *farthest) if name in shown]
+    frames = [None] * sum(name in shown for name in nearest)
+    return previews.contact_sheet(
+        pictures, cell_px=84, frames=[*frames, *[previews.WRONG] * (len(pictures) - len(frames))]
     )
 
 
