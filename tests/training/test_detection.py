@@ -216,3 +216,14 @@ def test_outlines_replace_blurred_objects_and_part_those_that_touch():
     boxes = sorted((of.top, of.left, of.bottom, of.right) for of in made)
     # The ground is far larger than the second blur, which stays as it is.
     assert boxes == [(5, 70, 12, 80), (20, 10, 40, 30), (20, 30, 40, 50)]
+
+
+def test_pieces_of_one_outline_are_one_object():
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[10:30, 10:70] = (0, 0, 200)
+    scores = np.zeros((40, 80), np.float32)
+    scores[12:28, 12:35], scores[12:28, 45:68] = 0.9, 0.8
+    found = components(scores, "lake", **OPTIONS)
+    assert len(found) == 2
+    made = refined(found, pixels, scores, by_colour, 12, tick)
+    assert [(of.top, of.left, of.bottom, of.right) for of in made] == [(10, 10, 30, 70)]

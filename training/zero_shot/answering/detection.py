@@ -330,36 +330,43 @@ def refined(
         tick: called between batches.
 
     Returns:
-        As many objects or more. Of an object none of whose masks fits, itself.
+        The objects that the masks show, each once; an object none of whose masks fits, as it was.
     """
     points = [_peaks(of, probability, apart_px) for of in found]
     owners = np.repeat(np.arange(len(found)), [len(some) for some in points])
     places = np.concatenate(points)[:, ::-1] + 0.5
     fitting: list[list[Detected]] = [[] for _ in found]
+    is_shown = [False] * len(found)
     # Few calls: each of them encodes the image anew.
     batch = max(1, _MASK_PIXELS // probability.size)
     for start in range(0, len(places), batch):
         tick()
         some = masks(pixels, places[start : start + batch])
         for mask, owner in zip(some, owners[start : start + batch], strict=True):
-            of, known = found[owner], fitting[owner]
-            if mask.any() and _fits(outlined := Detected.of_mask(of.concept, mask, of.score), of, known):
-                known.append(outlined)
-    return [of for own, others in zip(found, fitting, strict=True) for of in others or [own]]
+            of = found[owner]
+            if mask.any() and _fits(outlined := Detected.of_mask(of.concept, mask, of.score), of):
+                # Pieces of one thing have one mask.
+                if not any(_is_same(outlined, other) for others in fitting for other in others):
+                    fitting[owner].append(outlined)
+                is_shown[owner] = True
+    return [
+        of
+        for own, others, is_replaced in zip(found, fitting, is_shown, strict=True)
+        for of in (others if is_replaced else [own])
+    ]
 
 
-def _fits(mask: Detected, of: Detected, known: Sequence[Detected]) -> bool:
-    """Whether a mask shows an object, or a part of it, that no mask showed before."""
+def _fits(mask: Detected, of: Detected) -> bool:
+    """Whether a mask shows an object, or a part of it."""
     common = mask.overlap_px(of)
     # Of the mask, most is of the object; or of the object, most is in a mask not much larger.
     is_part = common >= _MASK_SHARE * mask.pixels
-    is_all = common >= _MASK_SHARE * of.pixels and mask.pixels <= _MASK_TIMES * of.pixels
+    return is_part or (common >= _MASK_SHARE * of.pixels and mask.pixels <= _MASK_TIMES * of.pixels)
 
-    def is_other(other: Detected) -> bool:
-        shared = mask.overlap_px(other)
-        return shared < _SAME_SHARE * (mask.pixels + other.pixels - shared)
 
-    return (is_part or is_all) and all(is_other(other) for other in known)
+def _is_same(mask: Detected, other: Detected) -> bool:
+    common = mask.overlap_px(other)
+    return common >= _SAME_SHARE * (mask.pixels + other.pixels - common)
 
 
 def _peaks(of: Detected, probability: NDArray[np.float32], apart_px: float) -> NDArray[np.float64]:
