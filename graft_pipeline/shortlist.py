@@ -14,7 +14,7 @@ from graft_pipeline.errors import DataError
 
 #: Bits that each dimension keeps. Of a million vectors of 512 dimensions, among a thousand candidates were 99 % of the
 #: hundred nearest to words, which lie apart from all images; one bit finds fewer, four take twice the memory to find
-#: them among fewer candidates, and graphs (HNSW) take four times the memory and do not give up rows.
+#: them among fewer candidates. Graphs (HNSW) take four times the memory.
 BITS = 2
 #: Vectors that the lists are learned from, for each list.
 SAMPLE_PER_LIST = 40
