@@ -621,7 +621,9 @@ def ask(
     ] = None,
     values: Annotated[
         tuple[float, float] | None,
-        typer.Option("--range", help="Values shown as black and white: 0 3000 for Sentinel-2 reflectance."),
+        typer.Option(
+            "--range", help="Values shown as black and white, of images not in bytes; default: the sensor's."
+        ),
     ] = None,
     sam: Annotated[
         str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
@@ -662,7 +664,9 @@ def ask(
     parsed = parse(program)
     with storage.explained():
         looked_at = (
-            read_image(image, gsd_m or record.gsd_m, values) if is_file else read_tile(storage.root, image)
+            read_image(image, gsd_m or record.gsd_m, values or record.display_range)
+            if is_file
+            else read_tile(storage.root, image)
         )
     folder = storage.models_folder / f"sensor={name}" / "pixel_encoder" / "encoder"
     if encoder is None and not folder.exists():
