@@ -7,8 +7,8 @@ import warnings
 
 import dagster as dg
 
-# Features that we use knowingly and that constraints.txt pins: backfill policies, checks per partition, and what
-# Pipes itself uses.
+# Features that we use knowingly and that constraints.txt pins: owners of jobs, backfill policies, checks per
+# partition, and what Pipes itself uses.
 warnings.filterwarnings("ignore", message="Parameter `owners`", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", message="Specifying a partitions_def on", category=dg.PreviewWarning)
