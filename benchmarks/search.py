@@ -126,6 +126,7 @@ def write_region(root: Path, world: World, number: int, rows: int, stream: int) 
         "center_lat_deg": pa.array(south + rng.random(rows)),
         "embedding": to_column(world.images(rows, stream)),
         "model_id": pa.repeat(pa.scalar(MODEL), rows),
+        "chip_sha256": pa.array(tile_ids),
     }
     write_table(partition_file(root, CHIP_EMBEDDINGS, **place), pa.table(embedded), CHIP_EMBEDDINGS)
     years = np.datetime64("2010-07-01", "ms") + (rng.integers(0, YEARS, rows) * 365).astype("timedelta64[D]")

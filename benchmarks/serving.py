@@ -58,7 +58,7 @@ def build(root: UPath, tiles: int, width: int, regions: int) -> None:
         vectors = unit(
             kinds[random.integers(0, 20, count)] + random.normal(0, 1 / np.sqrt(width), (count, width))
         )
-        embedded = {"tile_id": ids, "center_lon_deg": lon, "center_lat_deg": lat}
+        embedded = {"tile_id": ids, "center_lon_deg": lon, "center_lat_deg": lat, "chip_sha256": ids}
         table = pa.table(embedded | {"embedding": to_column(vectors), "model_id": ["a"] * count})
         write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
         nothing = dict.fromkeys(CHIPS.schema.names)

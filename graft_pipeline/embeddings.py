@@ -180,7 +180,7 @@ def embed_chips(
     model_id: str,
     report: Report | None = None,
 ) -> pa.Table:
-    """Embed the stored chips that this satellite encoder has not embedded yet.
+    """Embed the stored chips that this satellite encoder has not embedded yet, or not as they are now.
 
     Args:
         chips: CHIPS rows of one region.
@@ -195,14 +195,13 @@ def embed_chips(
         CHIP_EMBEDDINGS rows of all tiles' ok chips, sorted by tile_id.
     """
     ok = chips.filter(pc.equal(chips["status"], "ok"))
-    kept = known.filter(
-        pc.and_(
-            pc.equal(known["model_id"], model_id),
-            pc.is_in(known["tile_id"], tiles["tile_id"].combine_chunks()),
-        )
-    )
+    known = known.filter(pc.is_in(known["tile_id"], tiles["tile_id"].combine_chunks()))
+    # A chip that was fetched anew is embedded anew, and one that is no more is not kept.
+    stored = ok["sha256"].take(pc.index_in(known["tile_id"], ok["tile_id"].combine_chunks()))
+    is_current = pc.and_(pc.equal(known["model_id"], model_id), pc.equal(known["chip_sha256"], stored))
+    kept = known.filter(pc.fill_null(is_current, False))
     todo = ok.filter(pc.invert(pc.is_in(ok["tile_id"], kept["tile_id"].combine_chunks())))
-    todo = todo.select(["tile_id", "shard", "offset", "size_bytes"]).join(
+    todo = todo.select(["tile_id", "shard", "offset", "size_bytes", "sha256"]).join(
         tiles.select(["tile_id", "center_lon_deg", "center_lat_deg"]), "tile_id", join_type="inner"
     )
     todo = todo.sort_by("tile_id")
@@ -216,6 +215,7 @@ def embed_chips(
             "center_lat_deg": rows["center_lat_deg"],
             "embedding": to_column(vectors),
             "model_id": pa.array([model_id] * rows.num_rows),
+            "chip_sha256": rows["sha256"],
         }
         parts.append(pa.table(columns).cast(CHIP_EMBEDDINGS.schema))
         if report:

@@ -221,6 +221,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
         **_same("tiles", "tile_id", "center_lon_deg", "center_lat_deg"),
         "embedding": ("chips.sha256", "image_encoder.weights"),
         "model_id": ("image_encoder.weights",),
+        "chip_sha256": ("chips.sha256",),
     },
     "osm_labels": {
         **_same("tiles", "tile_id"),

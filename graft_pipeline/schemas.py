@@ -328,6 +328,12 @@ CHIP_EMBEDDINGS = _dataset(
         _column("center_lat_deg", pa.float64(), "latitude of the tile's centre"),
         _column("embedding", _VECTOR, "f_S^I of the chip's central crop, L2-normalised"),
         _column("model_id", pa.string(), "fingerprint of the satellite encoder"),
+        _column(
+            "chip_sha256",
+            pa.string(),
+            "SHA-256 of the chip that was embedded; null in rows of earlier versions, which are embedded anew",
+            nullable=True,
+        ),
     ],
     key=("tile_id",),
     partitions=("sensor", "region"),
@@ -413,7 +419,9 @@ CONCEPT_MAPS = _dataset(
         _column("hits", pa.int64(), "tiles among them whose contrast reaches the threshold"),
         _column("share", pa.float64(), "hits by tiles: what maps show"),
         _column("mean_score", pa.float64(), "mean cosine of the tiles' embeddings and the words'"),
-        _column("mean_contrast", pa.float64(), "mean contrast: standard deviations above the sensor's mean tile"),
+        _column(
+            "mean_contrast", pa.float64(), "mean contrast: standard deviations above the sensor's mean tile"
+        ),
         _column("threshold", pa.float64(), "contrast from which a tile is a hit"),
         _column("best_tile_id", pa.string(), "tile of greatest score in the cell"),
         _column("best_score", pa.float32(), "its cosine"),
@@ -452,7 +460,9 @@ def search_part(width: int) -> pa.Schema:
     """
     fields = [field for field in SEARCH_RESULTS.schema if field.name not in ("region", "score")]
     vector = pa.list_(pa.field("element", pa.float32(), nullable=False), width)
-    return pa.schema([*fields, _column("embedding", vector, "f_S^I of the chip's central crop, L2-normalised")])
+    return pa.schema(
+        [*fields, _column("embedding", vector, "f_S^I of the chip's central crop, L2-normalised")]
+    )
 
 
 #: Every dataset that `graft query` opens as a view.

@@ -1,6 +1,7 @@
-"""Outdoor scores: each photo with its own, once, whatever the order of the tables."""
+"""Outdoor scores and chip embeddings: each item with its own, once, whatever the order of the tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from upath import UPath
 
-from graft_pipeline.embeddings import score_outdoor, to_column
-from graft_pipeline.schemas import GROUND_EMBEDDINGS, GROUND_IMAGES, OUTDOOR_PHOTOS
+from graft_pipeline.embeddings import embed_chips, score_outdoor, to_column
+from graft_pipeline.schemas import (
+    CHIP_EMBEDDINGS,
+    CHIPS,
+    GROUND_EMBEDDINGS,
+    GROUND_IMAGES,
+    OUTDOOR_PHOTOS,
+    TILES,
+)
 from graft_pipeline.shards import ShardWriter
 
 IDS = [f"{number}" for number in (9, 101, 15, 4, 77, 230)]
@@ -114,3 +122,46 @@ def test_photos_that_are_gone_have_no_score(
     assert meter.scored == len(IDS)
     none = score_outdoor(GROUND_EMBEDDINGS.empty(), images, known, folder, meter, 0.5)
     assert none.equals(OUTDOOR_PHOTOS.empty())
+
+
+def chip_table(folder: UPath, contents: dict[str, bytes], shard: str) -> pa.Table:
+    """Stored chips whose bytes are a number; one more has failed."""
+    plain = dict.fromkeys(CHIPS.schema.names) | {"attempts": 1, "scenes_tried": 1}
+    plain |= {"epsg": 32619, "x0_m": 0.0, "y0_m": 0.0, "gsd_m": 1.0, "chip_px": 448}
+    rows = [plain | {"tile_id": "t-failed", "status": "failed", "reason": "nodata"}]
+    with ShardWriter(folder, shard) as writer:
+        for tile_id, content in contents.items():
+            stored = writer.add(f"{tile_id}.tif", content)
+            rows.append(plain | vars(stored) | {"tile_id": tile_id, "status": "ok"})
+    return pa.Table.from_pylist(rows, schema=CHIPS.schema)
+
+
+def test_a_chip_that_changed_is_embedded_anew_and_no_other(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+
+    def embed(contents: Iterable[bytes]) -> np.ndarray:
+        batch = list(contents)
+        seen.extend(batch)
+        return np.array([[float(content), 1.0] for content in batch], np.float32)
+
+    def vectors(table: pa.Table) -> dict[str, float]:
+        return {row["tile_id"]: row["embedding"][0] for row in table.to_pylist()}
+
+    folder, names = UPath(tmp_path), ["t-1", "t-2", "t-3", "t-failed"]
+    numbers = {name: pa.array([0] * len(names)) for name in TILES.schema.names}
+    tiles = pa.table(
+        numbers | {"tile_id": names, "center_lon_deg": [-70.0] * 4, "center_lat_deg": [42.0] * 4}
+    )
+    first = chip_table(folder, {"t-1": b"1", "t-2": b"2", "t-3": b"3"}, "chips-00000.tar")
+    known = embed_chips(first, tiles, CHIP_EMBEDDINGS.empty(), folder, embed, "m")
+    assert vectors(known) == {"t-1": 1.0, "t-2": 2.0, "t-3": 3.0}
+    seen.clear()
+    assert embed_chips(first, tiles, known, folder, embed, "m").equals(known)
+    assert seen == []
+    # The first is the same file elsewhere, the second another image, the third is no more.
+    later = chip_table(folder, {"t-1": b"1", "t-2": b"20"}, "chips-00001.tar")
+    assert vectors(embed_chips(later, tiles, known, folder, embed, "m")) == {"t-1": 1.0, "t-2": 20.0}
+    assert seen == [b"20"]
+    seen.clear()
+    embed_chips(later, tiles, known, folder, embed, "another encoder")
+    assert seen == [b"1", b"20"]

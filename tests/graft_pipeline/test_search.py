@@ -53,6 +53,7 @@ def write_region(
         "center_lat_deg": corner[0] + rng.random(count),
         "embedding": to_column(vectors),
         "model_id": [model_id] * count,
+        "chip_sha256": ids,
     }
     write_table(partition_file(root, CHIP_EMBEDDINGS, **place), pa.table(embedded), CHIP_EMBEDDINGS)
     start = datetime.combine(FIRST_DAY, datetime.min.time(), UTC)

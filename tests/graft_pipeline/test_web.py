@@ -139,7 +139,7 @@ def build_region(root: UPath, number: int) -> list[dict[str, Any]]:
     ):
         table = pa.Table.from_pylist(rows, schema=dataset.schema)
         write_table(partition_file(root, dataset, **where), table, dataset)
-    embedded = {"tile_id": ids, "center_lon_deg": lon, "center_lat_deg": lat}
+    embedded = {"tile_id": ids, "center_lon_deg": lon, "center_lat_deg": lat, "chip_sha256": ids}
     table = pa.table(embedded | {"embedding": to_column(vectors_of(number)), "model_id": ["a"] * TILES})
     write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
     return photo_rows
@@ -303,6 +303,7 @@ def test_a_tile_of_the_grid_has_a_chip_and_no_photo(tmp_path: Path, make_photos:
     row = chip_row(tile_id, grid, 0) | {"scene_id": "scene", **vars(stored)}
     write_table(partition_file(root, CHIPS, **place), pa.Table.from_pylist([row], schema=CHIPS.schema), CHIPS)
     embedded = {"tile_id": [tile_id], "center_lon_deg": [-70.5], "center_lat_deg": [42.5], "model_id": ["a"]}
+    embedded |= {"chip_sha256": [tile_id]}
     table = pa.table(embedded | {"embedding": to_column(encode_text("road")[None])})
     write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
     search_index.update(root, "naip")
