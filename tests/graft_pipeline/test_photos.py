@@ -295,6 +295,13 @@ def test_searches_go_on_from_the_watermark(make_photos: Callable[..., pa.Table])
         photos.search_from(known, "May")
 
 
+def test_the_upload_rate_is_that_of_the_last_year(make_photos: Callable[..., pa.Table]) -> None:
+    now = datetime(2024, 1, 1, tzinfo=UTC)
+    uploads = [{"uploaded_at_utc": now - timedelta(days=days)} for days in (1, 100, 364, 366, 4000)]
+    assert photos.upload_rate(make_photos(uploads), now) == 3 / 365
+    assert photos.upload_rate(FLICKR_PHOTOS.empty(), now) == 0
+
+
 def test_every_location_is_searched_once_even_if_the_search_is_interrupted(root: UPath) -> None:
     rows = [{"location_id": i, "lon_deg": float(i), "lat_deg": 42.0, "radius_km": 2.0} for i in range(3)]
     locations = pa.Table.from_pylist(rows, schema=SEARCH_LOCATIONS.schema)
