@@ -41,9 +41,14 @@ def test_a_wrong_value_is_named_and_a_secret_in_it_is_not(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("GRAFT_FLICKR_LICENSES", "4, 5"), ("GRAFT_FLICKR_SAFE_SEARCH", "1")]
+    ("name", "value"),
+    [
+        ("GRAFT_FLICKR_LICENSES", "4, 5"),
+        ("GRAFT_FLICKR_SAFE_SEARCH", "1"),
+        ("GRAFT_SCHEDULE_EVERY_HOURS", "5"),
+    ],
 )
-def test_filters_are_spelled_in_one_way(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_values_that_mean_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=name):
         load_settings()
