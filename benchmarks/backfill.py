@@ -180,7 +180,11 @@ def kill_a_worker(instance: Any, backfill_id: str, code_server: int, processes: 
         key=lambda found: found.create_time(),
     )
     worker.kill()
-    return {"pid": worker.pid, "during_the_run_of": run.tags["dagster/asset_partition_range_start"], "at": time.time()}
+    return {
+        "pid": worker.pid,
+        "during_the_run_of": run.tags["dagster/asset_partition_range_start"],
+        "at": time.time(),
+    }
 
 
 def outcome(instance: Any, backfill_id: str, wall_s: float) -> dict[str, Any]:
