@@ -681,15 +681,16 @@ def ask(
     answer = Interpreter(detector, Limits(seconds=seconds)).run(parsed, looked_at)
     typer.echo(f"{answer.text}\n\n{parsed.text}")
     _table("Steps", ["call", "gave"], [[step.call, step.shown] for step in answer.evidence.steps])
-    _table(
-        "Evidence",
-        ["object", "score", "m2", "middle (column, row)"],
-        [
-            [of.concept, f"{of.score:.2f}", f"{of.pixels * looked_at.gsd_m**2:,.0f}",
-             f"{of.middle[1]:.0f}, {of.middle[0]:.0f}"]
-            for of in answer.evidence.objects
-        ],
-    )  # fmt: skip
+    if answer.evidence.objects:
+        _table(
+            "Evidence",
+            ["object", "score", "m2", "middle (column, row)"],
+            [
+                [of.concept, f"{of.score:.2f}", f"{of.pixels * looked_at.gsd_m**2:,.0f}",
+                 f"{of.middle[1]:.0f}, {of.middle[0]:.0f}"]
+                for of in answer.evidence.objects
+            ],
+        )  # fmt: skip
     if evidence is not None:
         write_bytes_atomic(evidence, drawing.to_png(answer, looked_at, question or parsed.text))
         typer.echo(f"Drawn at {evidence}")

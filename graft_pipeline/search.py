@@ -444,7 +444,8 @@ def write_hits(path: Path, found: pa.Table) -> None:
         if path.suffix == ".parquet":
             frame.to_parquet(partial, index=False)
         else:
-            frame.to_file(partial, driver="GeoJSON")
+            # The layer is called as the file will be, not as it is until it is whole.
+            frame.to_file(partial, driver="GeoJSON", layer=path.stem)
 
 
 def check_hits_name(path: Path) -> None:

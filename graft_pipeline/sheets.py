@@ -110,7 +110,7 @@ def search_sheet(found: Mapping[str, pa.Table], read: ReadRows, *, crop_px: int,
         scores = [f"{score:.3f}" for score in table["score"].to_pylist()]
         labels += [f"{words} {score}" if number == 0 else score for number, score in enumerate(scores)]
         labels += [""] * missing
-    return previews.contact_sheet(pictures, labels, columns=columns, cell_px=112)
+    return previews.contact_sheet(pictures, labels, columns=columns, cell_px=112, label_lines=2)
 
 
 def _central(chip: np.ndarray, crop_px: int) -> np.ndarray:

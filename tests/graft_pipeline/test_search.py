@@ -434,6 +434,7 @@ def test_hits_are_written_as_points(indexed: tuple[UPath, SearchIndex], tmp_path
         assert frame["tile_id"].tolist() == found["tile_id"].to_pylist()
         assert frame.crs.to_epsg() == 4326
         assert frame.geometry.x.tolist() == pytest.approx(found["center_lon_deg"].to_pylist(), abs=1e-6)
+    assert json.loads((tmp_path / "a.geojson").read_text())["name"] == "a"
     with pytest.raises(InputError, match=r"\.geojson"):
         write_hits(tmp_path / "a.shp", found)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.geojson", "a.parquet"]
