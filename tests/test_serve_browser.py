@@ -86,7 +86,7 @@ def saved(page: Any) -> dict[str, Any]:
 
 def test_words_bring_a_map_and_the_best_tiles_with_their_photos(page: Any) -> None:
     page.locator("#scope").get_by_text(
-        re.compile("[1-9].* satellite tiles of naip in [24] regions")
+        re.compile("[1-9].* satellite tiles of naip in [2-5] regions")
     ).wait_for()
     shot(page, "serve_start")
     page.locator("#words").fill("a lake")
@@ -113,7 +113,7 @@ def test_the_slider_moves_the_threshold_without_a_request(page: Any, seen: Simpl
     assert len([u for u in seen.requests if "/api/" in u]) == asked
     content = saved(page)
     assert content["hits"] == len(content["features"]) == after
-    assert min(feature["properties"]["contrast"] for feature in content["features"]) >= 1.4995
+    assert min(feature["properties"]["contrast"] for feature in content["features"]) >= 1.5
 
 
 def test_a_drawn_box_narrows_map_list_and_file(page: Any) -> None:
@@ -143,8 +143,8 @@ def test_a_drawn_box_narrows_map_list_and_file(page: Any) -> None:
     page.locator("#status").get_by_text(re.compile("The best of .* in the box")).wait_for()
     assert page.locator("#hits").inner_text() == told
     page.locator("#clear-box").click()
-    until(page, "!document.querySelector('#status').textContent.includes('box')")
-    assert hits(page) == everywhere
+    # The status says at once what is asked for; the answer comes a moment later.
+    until(page, f"parseInt(document.querySelector('#hits').textContent.replaceAll(',', '')) === {everywhere}")
 
 
 def test_dates_and_a_place_without_tiles_are_answered_in_words(page: Any) -> None:

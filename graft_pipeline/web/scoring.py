@@ -48,7 +48,7 @@ class Scored:
     Attributes:
         rows: SEARCH_RESULTS rows, in the order of region and tile.
         background: of the words, over every tile of the sensor.
-        contrast: (N,) float64, standard deviations above the background's mean.
+        contrast: (N,) float64, standard deviations above the background's mean, to three decimals.
     """
 
     rows: pa.Table
@@ -107,7 +107,8 @@ class Scorer:
             rows = self._index.scores(vector, filters).combine_chunks()
         elif rows is None:
             rows = self._index.scores(vector).combine_chunks()
-        made = Scored(rows, background, background.contrast(columns(rows, "score")[0]))
+        # Rounded once, so that the page, which counts hits by itself, and the file agree on every one of them.
+        made = Scored(rows, background, np.round(background.contrast(columns(rows, "score")[0]), 3))
         self._scored[query] = made
         while len(self._scored) > 1 and sum(s.rows.num_rows for s in self._scored.values()) > _KEPT_ROWS:
             self._scored.popitem(last=False)
@@ -168,7 +169,7 @@ def density(scored: Scored, view: Box | None, max_points: int = MAX_POINTS) -> d
         "tile_id": some["tile_id"].to_pylist(),
         "lon": np.round(lon[shown], 6).tolist(),
         "lat": np.round(lat[shown], 6).tolist(),
-        "contrast": np.round(scored.contrast[shown], 3).tolist(),
+        "contrast": scored.contrast[shown].tolist(),
     }
 
 
@@ -228,7 +229,8 @@ def hits_geojson(query: Query, scored: Scored, threshold: float, sensor: Sensor)
         first, MAX_HITS at most.
     """
     hits = np.flatnonzero(scored.contrast >= threshold)
-    order = hits[np.argsort(-scored.contrast[hits], kind="stable")][:MAX_HITS]
+    (scores,) = columns(scored.rows, "score")
+    order = hits[np.argsort(-scores[hits], kind="stable")][:MAX_HITS]
     rows = scored.rows.take(pa.array(order))
     corners = _footprints(rows, sensor)
     features = [
@@ -245,7 +247,7 @@ def hits_geojson(query: Query, scored: Scored, threshold: float, sensor: Sensor)
                 "acquired_on": row["acquired_at_utc"].date().isoformat(),
                 "scene_id": row["scene_id"],
                 "score": round(row["score"], 5),
-                "contrast": round(contrast, 3),
+                "contrast": contrast,
             },
         }
         for rank, (row, contrast, ring) in enumerate(
