@@ -121,12 +121,12 @@ def backfill(table: Table, instance: Any, definitions: Any, names: list[str], pr
     """Requesting a backfill, and until the daemon has queued a run for each region."""
     import dagster as dg
 
-    from graft_pipeline import automation
+    from graft_pipeline import backfills
     from graft_pipeline.settings import load_settings
 
     sensors = list(load_settings().sensor_records)
     with table.measure(f"request a backfill of {len(names)} regions"):
-        backfill_id = automation.launch_backfill(instance, definitions, sensors, names, [], "benchmark")
+        backfill_id = backfills.launch_backfill(instance, definitions, sensors, names, [], "benchmark")
     queued = dg.RunsFilter(tags={"dagster/backfill": backfill_id})
     started = time.perf_counter()
     daemon = processes.start(

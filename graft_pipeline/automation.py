@@ -1,32 +1,25 @@
-"""What is made together and when: jobs, the schedule of regions, sensors, automation conditions, backfills.
+"""What is made together and when: jobs, the schedule of regions, sensors.
 
 What an asset does is in assets/, which assets exist in definitions.py; which regions are due and whether a training is,
-is decided in incremental.py, of which this is the side that talks to Dagster's instance.
+is decided in incremental.py, from what instance.py reads. Automation conditions are in conditions.py.
 """
 
 import functools
 import json
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-# Not public, but the only way to a backfill and to what Dagster's own pages show of partitions.
-from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
+# Not public: statuses of runs that go on, and tags that Dagster itself obeys.
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
-from dagster._core.utils import make_new_backfill_id
 
 from assets.reporting import OWNERS
 from graft_pipeline import areas, incremental
-from graft_pipeline.errors import InputError, SettingsError
-from graft_pipeline.incremental import Budget, Choice, RegionState
-from graft_pipeline.partitions import REGION_PARTITIONS
+from graft_pipeline.incremental import Budget, Choice
+from graft_pipeline.instance import data_versions, last_made, latest, region_states
 from graft_pipeline.provenance import fingerprint
 from graft_pipeline.schemas import REGIONS
 from graft_pipeline.settings import Settings
@@ -39,23 +32,6 @@ PER_REGION = ("scenes", "tiles", "chips", "pairs")
 LEARNING = ("training_set", "image_encoder", "pixel_encoder")
 SCORES = ("benchmark", "zero_shot_scores", "segmentation_scores", "questions", "question_scores")
 
-SEARCHES = dg.AssetKey("flickr_photos")
-#: Steps that other steps' changed data makes anew. Not what asks Flickr or lists scenes (`collect_stale_regions` keeps
-#: their budget), not what is trained (`train_on_change` keeps its interval).
-CARRIED = (
-    "ground_images",
-    "ground_embeddings",
-    "outdoor_photos",
-    "tiles",
-    "chips",
-    "pairs",
-    "chip_embeddings",
-    "grid_embeddings",
-)
-#: As well, but once an hour: they read all regions.
-OF_ALL_REGIONS = ("search_index", "concept_maps")
-#: What a schedule keeps fresh.
-COLLECTED = ("flickr_photos", "scenes", "pairs")
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
 #: A region takes minutes. What has been at it for so long has died with its code server, and makes way in the queue.
@@ -145,128 +121,6 @@ def build_jobs(
             ),
         ]
     return jobs
-
-
-# --- what the instance knows of regions ---
-
-
-@dataclass(frozen=True)
-class _Search:
-    """What the last materialisation of a region's `flickr_photos` says."""
-
-    storage_id: int
-    at: datetime
-    is_first: bool
-    calls: int | None
-    photos_per_day: float
-
-
-#: Searches by instance and region, as far as they were read: an event never changes, and with its picture is large.
-_SEARCHES: dict[str, dict[str, _Search]] = {}
-_EVENTS_AT_A_TIME = 200
-
-
-def region_states(instance: dg.DagsterInstance, sensors: Iterable[str]) -> list[RegionState]:
-    """What an instance knows of every region partition.
-
-    Args:
-        instance: the instance.
-        sensors: names of the deployment's sensors.
-
-    Returns:
-        One state a partition, by key. A region has failed if a run of it that ended did not make all that it was to
-        make of photos or pairs; it is busy while such a run, or a backfill that will start one, has not ended.
-    """
-    searches = _searches(instance)
-    failed, busy = _open_attempts(instance, [SEARCHES, *keys_of(sensors, ["pairs"])])
-    busy |= _partitions_of_backfills(instance)
-    states = []
-    for key in sorted(instance.get_dynamic_partitions(str(REGION_PARTITIONS.name))):
-        search = searches.get(key)
-        states.append(
-            RegionState(
-                key,
-                searched_at=search.at if search else None,
-                is_first_search=search is not None and search.is_first,
-                calls=search.calls if search else None,
-                photos_per_day=search.photos_per_day if search else 0.0,
-                failed_at=failed.get(key),
-                is_busy=key in busy,
-            )
-        )
-    return states
-
-
-def _searches(instance: dg.DagsterInstance) -> dict[str, _Search]:
-    latest = instance.event_log_storage.get_latest_storage_id_by_partition(
-        SEARCHES, dg.DagsterEventType.ASSET_MATERIALIZATION
-    )
-    run_storage: Any = instance.run_storage
-    known = _SEARCHES.setdefault(run_storage.get_run_storage_id(), {})
-    for key in known.keys() - latest.keys():
-        del known[key]
-    unread = sorted(
-        storage_id
-        for key, storage_id in latest.items()
-        if key not in known or known[key].storage_id != storage_id
-    )
-    for start in range(0, len(unread), _EVENTS_AT_A_TIME):
-        some = unread[start : start + _EVENTS_AT_A_TIME]
-        found = instance.fetch_materializations(
-            dg.AssetRecordsFilter(SEARCHES, storage_ids=some), limit=len(some)
-        )
-        for record in found.records:
-            metadata = {} if record.asset_materialization is None else record.asset_materialization.metadata
-            values = {name: value.value for name, value in metadata.items()}
-            known[str(record.partition_key)] = _Search(
-                record.storage_id,
-                datetime.fromtimestamp(record.timestamp, UTC),
-                bool(values.get("is_first_search", False)),
-                values.get("flickr_calls"),  # type: ignore[arg-type]
-                float(values.get("photos_per_day", 0.0)),  # type: ignore[arg-type]
-            )
-    return dict(known)
-
-
-def _open_attempts(
-    instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]
-) -> tuple[dict[str, datetime], set[str]]:
-    """Regions whose last run has not made one of the assets: when it was created if it ended, and those that go on."""
-    run_ids: dict[str, set[str]] = {}
-    for key in keys:
-        attempts = (
-            instance.event_log_storage.get_latest_asset_partition_materialization_attempts_without_materializations
-        )(key)
-        for partition, (run_id, _) in attempts.items():
-            run_ids.setdefault(run_id, set()).add(partition)
-    failed: dict[str, datetime] = {}
-    busy: set[str] = set()
-    wanted = sorted(run_ids)
-    for start in range(0, len(wanted), _EVENTS_AT_A_TIME):
-        some = wanted[start : start + _EVENTS_AT_A_TIME]
-        for record in instance.get_run_records(dg.RunsFilter(run_ids=some)):
-            partitions = run_ids[record.dagster_run.run_id]
-            if record.dagster_run.status in NOT_FINISHED_STATUSES:
-                busy |= partitions
-            else:
-                created = record.create_timestamp.replace(tzinfo=UTC)
-                for partition in partitions:
-                    failed[partition] = max(created, failed.get(partition, created))
-    return failed, busy
-
-
-def _partitions_of_backfills(instance: dg.DagsterInstance) -> set[str]:
-    """Regions that backfills are to search, and may not have started yet."""
-    found: set[str] = set()
-    going_on = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
-    for backfill in instance.get_backfills(filters=BulkActionsFilter(statuses=going_on)):
-        if backfill.asset_backfill_data is not None:
-            target = backfill.asset_backfill_data.target_subset
-            if (subset := target.partitions_subsets_by_asset_key.get(SEARCHES)) is not None:
-                found.update(subset.get_partition_keys())
-        elif backfill.partition_set_name == "collect_region_partition_set":
-            found.update(backfill.partition_names or ())
-    return found
 
 
 # --- schedule and sensors ---
@@ -393,7 +247,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         for name in names:
             keys, inputs, reason = _due_for_learning(context.instance, name, cursor.get(name), interval)
             if keys:
-                run_key = fingerprint([key.path for key in keys], inputs, _last_made(context.instance, keys))
+                run_key = fingerprint([key.path for key in keys], inputs, last_made(context.instance, keys))
                 tags = {**IN_BACKGROUND, "graft/sensor": name, "graft/reason": reason}
                 requests.append(dg.RunRequest(run_key=run_key, asset_selection=keys, tags=tags))
                 if keys[0].path[-1] == "training_set":
@@ -418,12 +272,6 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
     return [register_new_areas, train_on_change, carry_changes]
 
 
-def _last_made(instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]) -> list[int | None]:
-    """Storage ids of the last materialisations of unpartitioned assets."""
-    records = (instance.fetch_materializations(key, limit=1).records for key in keys)
-    return [found[0].storage_id if found else None for found in records]
-
-
 def _due_for_learning(
     instance: dg.DagsterInstance, sensor: str, requested: str | None, interval: timedelta
 ) -> tuple[list[dg.AssetKey], str, str]:
@@ -436,16 +284,16 @@ def _due_for_learning(
         }:
             return [], "", "a run of it is queued or in progress"
     now = datetime.now(UTC)
-    pairs = _data_versions(instance, dg.AssetKey([sensor, "pairs"]))
-    inputs = fingerprint(pairs, _data_versions(instance, dg.AssetKey("ground_embeddings"))) if pairs else None
-    made_at, made = _latest(instance, training_set)
+    pairs = data_versions(instance, dg.AssetKey([sensor, "pairs"]))
+    inputs = fingerprint(pairs, data_versions(instance, dg.AssetKey("ground_embeddings"))) if pairs else None
+    made_at, made = latest(instance, training_set)
     reason = incremental.why_not_now(inputs, requested, made_at, now, interval)
     if reason is None:
         return [training_set], str(inputs), "pairs changed"
     reasons = [f"training_set: {reason}"]
     snapshot, due = made.get("fingerprint"), []
     for encoder in encoders:
-        trained_at, trained = _latest(instance, encoder)
+        trained_at, trained = latest(instance, encoder)
         used = str(trained.get("training_set", "")).removeprefix("snapshot=") or None
         reason = incremental.why_not_now(snapshot, used, trained_at, now, interval)
         if reason is None:
@@ -453,210 +301,3 @@ def _due_for_learning(
         else:
             reasons.append(f"{encoder.path[-1]}: {reason}")
     return due, str(snapshot), "training set changed" if due else "; ".join(reasons)
-
-
-def _latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> tuple[datetime | None, dict[str, Any]]:
-    """When an unpartitioned asset was made last, and its metadata."""
-    records = instance.fetch_materializations(key, limit=1).records
-    if not records or records[0].asset_materialization is None:
-        return None, {}
-    metadata = records[0].asset_materialization.metadata
-    return datetime.fromtimestamp(records[0].timestamp, UTC), {n: v.value for n, v in metadata.items()}
-
-
-def _data_versions(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, str]:
-    """Data versions of an asset's partitions."""
-    tag = "dagster/data_version"
-    found = instance.event_log_storage.get_latest_tags_by_partition(
-        key, dg.DagsterEventType.ASSET_MATERIALIZATION, [tag]
-    )
-    return {partition: tags[tag] for partition, tags in found.items()}
-
-
-# --- automation conditions ---
-
-
-def with_conditions(assets: Iterable[Any]) -> list[Any]:
-    """Give assets that follow their inputs the condition under which `carry_changes` makes them anew.
-
-    Args:
-        assets: all assets of the deployment.
-
-    Returns:
-        The same, those of `CARRIED` and `OF_ALL_REGIONS` with a condition.
-    """
-    assets = list(assets)
-    made = [spec for item in assets if isinstance(item, dg.AssetsDefinition) for spec in item.specs]
-    inputs = {spec.key: {dep.asset_key for dep in spec.deps} for spec in made}
-
-    def conditioned(spec: dg.AssetSpec) -> dg.AssetSpec:
-        if spec.key.path[-1] not in (*CARRIED, *OF_ALL_REGIONS):
-            return spec
-        nearest = dg.AssetSelection.assets(*_nearest_inputs(spec.key, inputs))
-        return spec.replace_attributes(automation_condition=on_changed_data(spec.key.path[-1], nearest))
-
-    return list(dg.map_asset_specs(conditioned, assets))
-
-
-def _nearest_inputs(key: dg.AssetKey, inputs: Mapping[dg.AssetKey, set[dg.AssetKey]]) -> list[dg.AssetKey]:
-    """Inputs whose changes do not reach the asset through another input anyway; external ones left out.
-
-    Dagster evaluates, and keeps, each condition of each input: at 20,000 partitions that is most of a tick.
-    """
-
-    def before(other: dg.AssetKey) -> set[dg.AssetKey]:
-        if other.path[-1] not in CARRIED:
-            return set()
-        return inputs[other].union(*(before(earlier) for earlier in inputs[other] if earlier in inputs))
-
-    known = {other for other in inputs[key] if other in inputs}
-    return sorted(known - set().union(*(before(other) for other in known)))
-
-
-def on_changed_data(name: str, nearest: dg.AssetSelection) -> dg.AutomationCondition[Any]:
-    """When an asset is made anew: the data version of an input changed, or an input is about to be made anew.
-
-    So one run makes everything in a region that lies downstream of the change.
-
-    Args:
-        name: of the asset, without its sensor.
-        nearest: the inputs to look at.
-
-    Returns:
-        The condition.
-    """
-    condition = dg.AutomationCondition
-    changed = condition.any_deps_match(condition.data_version_changed()).allow(nearest)
-    if name in OF_ALL_REGIONS:
-        # Some region is always in progress somewhere: not at rest, but once an hour.
-        return (
-            changed.since(condition.newly_requested())
-            & condition.cron_tick_passed("0 * * * *")
-            & ~condition.in_progress()
-        ).with_label("on_changed_data_hourly")
-    follows = condition.any_deps_match(condition.data_version_changed() | condition.will_be_requested())
-    # Within a region's own run assets follow their inputs already.
-    handled = condition.newly_requested() | condition.newly_updated()
-    if name == "ground_embeddings" or not name.endswith("_embeddings"):
-        return (follows.allow(nearest).since(handled) & ~condition.in_progress()).with_label(
-            "on_changed_data"
-        )
-    # Embeddings of satellite images are not part of a region's own run, and wait for its end. What was embedded while
-    # its encoder was being replaced has to be embedded once more.
-    encoder = dg.AssetSelection.key_substring("image_encoder")
-    replaced = condition.any_deps_match(condition.data_version_changed()).allow(encoder & nearest)
-    return (
-        (follows.allow(nearest - encoder).since(handled) | replaced.since(condition.newly_requested()))
-        & ~condition.any_deps_missing().allow(nearest)
-        & ~condition.any_deps_in_progress().allow(nearest)
-        & ~condition.in_progress()
-    ).with_label("on_changed_data")
-
-
-def with_freshness(assets: Iterable[Any], settings: Settings) -> list[Any]:
-    """Give what is collected a freshness policy, so that the UI says when no region was looked at for too long.
-
-    Dagster judges an asset by its latest materialisation, of whatever region; which regions are stale is the
-    schedule's matter.
-
-    Args:
-        assets: all assets of the deployment.
-        settings: how long a search is good for; twice as long is a failure.
-
-    Returns:
-        The same, those of `COLLECTED` with a policy.
-    """
-    good_for = max(timedelta(days=settings.schedule_fresh_days), timedelta(minutes=1))
-    policy = dg.FreshnessPolicy.time_window(fail_window=2 * good_for, warn_window=good_for)
-
-    def judged(spec: dg.AssetSpec) -> dg.AssetSpec:
-        return spec.replace_attributes(freshness_policy=policy) if spec.key.path[-1] in COLLECTED else spec
-
-    return list(dg.map_asset_specs(judged, assets))
-
-
-# --- backfills ---
-
-
-@contextmanager
-def deployed_instance() -> Iterator[dg.DagsterInstance]:
-    """The instance of DAGSTER_HOME.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    home = os.environ.get("DAGSTER_HOME", "")
-    if not Path(home).is_dir() or not Path(home).is_absolute():
-        raise SettingsError(
-            f"DAGSTER_HOME is {home!r}: set it to the absolute path of the folder with the deployment's dagster.yaml."
-        )
-    with dg.DagsterInstance.get() as instance:
-        yield instance
-
-
-def regions_of(storage: "Storage", names: Sequence[str], grid_deg: float) -> set[str]:
-    """Keys of the regions that registered areas touch, partitions already or not.
-
-    Args:
-        storage: of the deployment.
-        names: areas; none: all.
-        grid_deg: side of the grid's cells, degrees.
-
-    Raises:
-        InputError: if there is no such area, or none at all.
-    """
-    registered = areas.list_areas(storage.areas_folder)
-    wanted = {areas.area_name(name) for name in names}
-    unknown = sorted(wanted - {area.name for area in registered})
-    if unknown or not registered:
-        known = ", ".join(area.name for area in registered) or "none"
-        raise InputError(
-            f"No area {', '.join(unknown) or 'at all'} is registered (known: {known}): run graft areas add FILE."
-        )
-    some = [area for area in registered if not wanted or area.name in wanted]
-    return set(areas.regions_table(some, grid_deg)["region"].to_pylist())
-
-
-def register_regions(instance: dg.DagsterInstance, definitions: dg.Definitions) -> None:
-    """Make the regions of all registered areas partitions: a run of `register_regions` in this process."""
-    definitions.resolve_job_def("register_regions").execute_in_process(
-        instance=instance, run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
-    )
-
-
-def launch_backfill(
-    instance: dg.DagsterInstance,
-    definitions: dg.Definitions,
-    sensors: Iterable[str],
-    regions: Collection[str],
-    names: Sequence[str],
-    title: str,
-) -> str:
-    """Request a backfill of regions, from search to pairs; Dagster's daemon takes it up.
-
-    Args:
-        instance: the instance of the deployment.
-        definitions: of the deployment.
-        sensors: names of its sensors.
-        regions: keys of region partitions.
-        names: areas that were asked for, as tags of its runs.
-        title: shown in the UI.
-
-    Returns:
-        Its id.
-    """
-    backfill = PartitionBackfill.from_asset_partitions(
-        backfill_id=make_new_backfill_id(),
-        asset_graph=definitions.resolve_asset_graph(),
-        partition_names=sorted(regions),
-        asset_selection=region_keys(sensors),
-        backfill_timestamp=datetime.now(UTC).timestamp(),
-        tags={**MAX_RUNTIME, "graft/reason": "backfill", **{f"graft/area/{name}": "true" for name in names}},
-        dynamic_partitions_store=instance,
-        all_partitions=False,
-        title=title,
-        description=None,
-        run_config=None,
-    )
-    instance.add_backfill(backfill)
-    return backfill.backfill_id

@@ -27,13 +27,8 @@ from assets.outdoor import outdoor_scores, planet_scene_classifier, scored_by_pl
 from assets.planet import build_planet_assets, planet_foundation
 from assets.search import build_search_assets
 from assets.sensors import build_sensor_assets
-from graft_pipeline.automation import (
-    build_jobs,
-    build_schedules,
-    build_sensors,
-    with_conditions,
-    with_freshness,
-)
+from graft_pipeline.automation import build_jobs, build_schedules, build_sensors
+from graft_pipeline.conditions import with_conditions, with_freshness
 from graft_pipeline.errors import SettingsError
 from graft_pipeline.imagery import ImagerySource
 from graft_pipeline.progress import LogProgress

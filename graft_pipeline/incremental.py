@@ -1,6 +1,6 @@
 """Which regions are worth a visit now, under a budget of Flickr calls, and whether new data is worth a training.
 
-What is known about a region comes from Dagster's instance, in automation.py, where the decisions are carried out too.
+What is known about a region is read in instance.py; what is decided here, automation.py and backfills.py carry out.
 """
 
 import statistics

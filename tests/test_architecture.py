@@ -17,7 +17,18 @@ ALLOWED = {
     "assets": {"assets", "resources", "training", "graft_pipeline"},
 }
 #: Modules of graft_pipeline that compose the graph, and so may import Dagster and the other packages.
-COMPOSITION = {"definitions.py", "partitions.py", "automation.py", "demo.py", "cli.py"}
+COMPOSITION = {
+    "definitions.py",
+    "partitions.py",
+    "automation.py",
+    "conditions.py",
+    "instance.py",
+    "backfills.py",
+    "demo.py",
+    "cli.py",
+    "cli_encoders.py",
+    "cli_shared.py",
+}
 HEAVY = {"torch", "ee", "flickrapi", "open_clip", "torchvision"}
 
 

@@ -1,6 +1,6 @@
 """The search page as an ASGI application: routes, errors in words, limits and security headers.
 
-What answers is in the modules beside this one, what the browser runs in static/; how the server is started, in cli.py.
+What answers is in the modules beside this one, what the browser runs in static/; cli_encoders.py starts the server.
 """
 
 import logging

@@ -9,9 +9,10 @@ import pytest
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 from typer.testing import CliRunner
 
-from graft_pipeline import automation, schemas
+from graft_pipeline import automation, backfills, schemas
 from graft_pipeline.cli import app
 from graft_pipeline.errors import InputError, SettingsError
+from graft_pipeline.instance import partitions_of_backfills
 from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.purging import purge
 
@@ -265,7 +266,7 @@ def test_a_backfill_from_the_command_line_is_requested_once(
     (backfill,) = deployment.instance.get_backfills()
     target = backfill.asset_backfill_data.target_subset
     assert target.num_partitions_and_non_partitioned_assets == len(automation.region_keys(["naip"]))
-    assert automation._partitions_of_backfills(deployment.instance) == {regions[1]}
+    assert partitions_of_backfills(deployment.instance) == {regions[1]}
     assert backfill.tags["graft/area/here"] == "true"
     assert "0 of 2 regions" in run(app, ["backfill", "--area", "here"]).output
     assert "2 of 3 regions" in run(app, ["backfill", "--stale-days", "0"]).output
@@ -275,8 +276,8 @@ def test_a_backfill_from_the_command_line_is_requested_once(
 
 def test_a_backfill_says_what_it_needs(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = deploy(sensors=NAIP)
-    with pytest.raises(SettingsError, match="DAGSTER_HOME"), automation.deployed_instance():
+    with pytest.raises(SettingsError, match="DAGSTER_HOME"), backfills.deployed_instance():
         pass
     monkeypatch.setenv("DAGSTER_HOME", str(deployment.folder))
     with pytest.raises(InputError, match="graft areas add"):
-        automation.regions_of(deployment.storage, ["nowhere"], 0.25)
+        backfills.regions_of(deployment.storage, ["nowhere"], 0.25)

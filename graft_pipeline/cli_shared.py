@@ -1,0 +1,91 @@
+"""What commands share: the storage of the settings, tables on a terminal, a deployment's encoders.
+
+The commands are in cli.py and cli_encoders.py.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graft_pipeline.imagery import Sensor
+    from graft_pipeline.search import SearchIndex
+    from graft_pipeline.settings import Settings
+    from resources.storage import Storage
+    from training.encoders import Clip
+
+
+def open_storage() -> "Storage":
+    """The storage of the settings, nothing of a world opened."""
+    from graft_pipeline.settings import load_settings
+    from resources.storage import Storage
+
+    return Storage(load_settings().root)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print rows as a table on stdout; None shows nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*["" if value is None else str(value) for value in row])
+    # A pipe has no width of its own: give it room instead of 80 columns.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def sensor_record(settings: "Settings", name: str) -> "Sensor":
+    """A sensor of the deployment.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    from graft_pipeline.errors import InputError
+
+    if name not in settings.sensor_records:
+        raise InputError(f"No sensor {name!r}: use one of {', '.join(settings.sensor_records)}.")
+    return settings.sensor_records[name]
+
+
+def image_clip(storage: "Storage", index: "SearchIndex") -> "Clip":
+    """The image-level encoder that an index was made with, whose text tower makes its queries.
+
+    Raises:
+        DataError: if the deployment's encoder is another one by now.
+    """
+    from training.encoders import load_clip
+
+    folder = storage.models_folder / f"sensor={index.sensor}" / "image_encoder" / "encoder"
+    clip = load_clip(f"local-dir:{folder}")
+    index.check_model(clip.fingerprint())
+    return clip
+
+
+def pixel_clip(
+    storage: "Storage", sensor: str, encoder: str | None, pretrained: str | None, device: str = "cpu"
+) -> "Clip":
+    """The deployment's pixel-level encoder of a sensor, or the one that was named.
+
+    Args:
+        storage: of the deployment.
+        sensor: whose encoder.
+        encoder: folder of another one, or any open_clip ViT; None: the deployment's.
+        pretrained: open_clip tag or checkpoint of that ViT.
+        device: where it runs.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from graft_pipeline.errors import InputError
+    from training.encoders import load_clip
+
+    folder = storage.models_folder / f"sensor={sensor}" / "pixel_encoder" / "encoder"
+    if encoder is None and not folder.exists():
+        raise InputError(
+            f"{folder} holds no encoder: materialise {sensor}/pixel_encoder, or name one with --encoder."
+        )
+    named = encoder or f"local-dir:{folder}"
+    return load_clip(f"local-dir:{named}" if Path(named).is_dir() else named, pretrained, device)
