@@ -4,8 +4,6 @@ They exist for sensors that GRAFT_GRID_STRIDE_M names. Where grid tiles lie is d
 asset of the training path depends on them.
 """
 
-from datetime import UTC, datetime
-
 import dagster as dg
 
 from assets.ground import FetchConfig
@@ -20,7 +18,8 @@ from assets.reporting import (
     report_table,
     table_schema,
 )
-from graft_pipeline import areas, chips, embeddings, grid, rules, schemas, sheets
+from assets.sensors import update_chips
+from graft_pipeline import areas, chips, embeddings, grid, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress
@@ -79,23 +78,10 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         storage.write(schemas.TILES, tiles, **place)
         listed = storage.read(schemas.SCENES, sensor=sensor.name, region=region.key)
         folder, nobody = storage.folder(schemas.CHIPS, **place), schemas.FLICKR_PHOTOS.empty()
-        table, changed = chips.update(
-            tiles,
-            listed,
-            nobody,
-            kept_as,
-            folder,
-            imagery.get_chip,
-            concurrency=imagery.concurrency,
-            max_attempts=world.max_attempts,
-            today=datetime.now(UTC).date(),
-            retry_now=config.retry_now,
-            progress=progress.task(f"{region.key} {sensor.name} grid chips"),
+        report = progress.task(f"{region.key} {sensor.name} grid chips")
+        table, changed, findings = update_chips(
+            tiles, listed, nobody, kept_as, folder, world, imagery, config, report
         )
-        findings = [
-            rules.chip_georeference(table, tiles, rules.read_chip(folder)),
-            rules.cloud_and_time(table, tiles, nobody, listed, kept_as),
-        ]
         return report_table(
             schemas.CHIPS,
             table,

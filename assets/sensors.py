@@ -1,4 +1,4 @@
-"""The satellite half of a region, one factory for every sensor: scenes, tiles, chips, pairs, chip embeddings.
+"""The satellite half of a region, one factory for every sensor: scenes, tiles, chips, pairs.
 
 Rules are in graft_pipeline.sampling, .scenes, .chips, .pairing and .splits; imagery's clients in resources.
 """
@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
+from upath import UPath
 
 from assets.ground import FetchConfig
 from assets.keys import SOURCE_KINDS, external_collection
@@ -23,7 +24,7 @@ from assets.reporting import (
 from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor, Source
 from graft_pipeline.partitions import REGION_PARTITIONS
-from graft_pipeline.progress import Progress
+from graft_pipeline.progress import Progress, Report
 from graft_pipeline.provenance import code_version
 from graft_pipeline.regions import Region
 from graft_pipeline.settings import Settings
@@ -46,6 +47,53 @@ def eligible_photos(storage: Storage, region: str) -> pa.Table:
         storage.read(schemas.GROUND_IMAGES, region=region),
         storage.read(schemas.OUTDOOR_PHOTOS, region=region),
     )
+
+
+def update_chips(
+    tiles: pa.Table,
+    listed: pa.Table,
+    taken: pa.Table,
+    sensor: Sensor,
+    folder: UPath,
+    world: Settings,
+    imagery: ImagerySource,
+    config: FetchConfig,
+    report: Report,
+) -> tuple[pa.Table, bool, list[rules.Finding]]:
+    """Fetch the chips that tiles lack, under the deployment's settings, and hold all to the rules of chips.
+
+    Args:
+        tiles: see `chips.update`, as for the next four.
+        listed: scenes.
+        taken: photos, for their times.
+        sensor: whose chips.
+        folder: of the partition.
+        world: how often a failed chip is tried.
+        imagery: where pixels come from.
+        config: of the run.
+        report: progress.
+
+    Returns:
+        CHIPS rows, whether any file changed, and what the rules `chip_georeference` and `cloud_and_time` found.
+    """
+    table, changed = chips.update(
+        tiles,
+        listed,
+        taken,
+        sensor,
+        folder,
+        imagery.get_chip,
+        concurrency=imagery.concurrency,
+        max_attempts=world.max_attempts,
+        today=datetime.now(UTC).date(),
+        retry_now=config.retry_now,
+        progress=report,
+    )
+    findings = [
+        rules.chip_georeference(table, tiles, rules.read_chip(folder)),
+        rules.cloud_and_time(table, tiles, taken, listed, sensor),
+    ]
+    return table, changed, findings
 
 
 def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list[dg.AssetsDefinition]:
@@ -167,25 +215,11 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         tiles, listed = storage.read(schemas.TILES, **place), storage.read(schemas.SCENES, **place)
         taken = storage.read(schemas.FLICKR_PHOTOS, region=context.partition_key)
         folder = storage.folder(schemas.CHIPS, **place)
-        table, changed = chips.update(
-            tiles,
-            listed,
-            taken,
-            sensor,
-            folder,
-            imagery.get_chip,
-            concurrency=imagery.concurrency,
-            max_attempts=world.max_attempts,
-            today=datetime.now(UTC).date(),
-            retry_now=config.retry_now,
-            progress=progress.task(f"{context.partition_key} {sensor.name} chips"),
+        report = progress.task(f"{context.partition_key} {sensor.name} chips")
+        table, changed, findings = update_chips(
+            tiles, listed, taken, sensor, folder, world, imagery, config, report
         )
-        findings = [
-            rules.chip_georeference(table, tiles, rules.read_chip(folder)),
-            rules.cloud_and_time(table, tiles, taken, listed, sensor),
-            rules.failure_share(table),
-            rules.nodata_share(table),
-        ]
+        findings += [rules.failure_share(table), rules.nodata_share(table)]
         return report_table(
             schemas.CHIPS,
             table,
