@@ -73,9 +73,12 @@ def quality(array: npt.NDArray[Any], sensor: Sensor) -> Quality:
     Returns:
         Its quality.
     """
-    # Band by band: ten times as fast as any(axis=-1) over three values.
-    red, green, blue = (array[..., band] != 0 for band in range(3))
-    missing = red.size - int(np.count_nonzero(red | green | blue))
+    missing = 0
+    # Hardly any chip has a 0 at all, which is ten times as fast to see.
+    if not array[..., :3].all():
+        # Band by band: ten times as fast as any(axis=-1) over three values.
+        red, green, blue = (array[..., band] != 0 for band in range(3))
+        missing = red.size - int(np.count_nonzero(red | green | blue))
     if not sensor.has_mask:
         return Quality(missing, None)
     mask = array[..., sensor.requested_bands.index(str(sensor.mask_band))]

@@ -21,8 +21,9 @@ _METRES_PER_DEGREE = 111_320.0
 #: Classes of Sen2Cor's scene classification: cloud shadow, high-probability cloud, vegetation for clear ground.
 _SCL_SHADOW, _SCL_CLOUD, _SCL_CLEAR = 3, 9, 4
 
-# Drawing is arithmetic: more threads than cores would only take each other's caches.
-_drawing = threading.BoundedSemaphore(max(os.cpu_count() or 1, 2))
+# Drawing is arithmetic of many small steps: more threads would take each other's caches and turns, and who asks needs
+# cores, too.
+_drawing = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from graft_pipeline.errors import GraftError, InputError, ServiceError
 from resources.planet.catalog import Catalog
@@ -117,7 +117,7 @@ def _moment(text: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-class _Protocol(H11Protocol):
+class _Protocol(HttpToolsProtocol):
     """Lets the application cut its connection, which ASGI has no message for."""
 
     def connection_made(self, transport: Any) -> None:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = uvicorn.Config(
         app,
         http=_Protocol,
-        loop="asyncio",
+        loop="auto",
         lifespan="off",
         access_log=False,
         log_config=None,
