@@ -362,6 +362,7 @@ def ask(
 ) -> None:
     """Answer a question about an image, with the program and the evidence: `graft ask scene.tif "Where is ..."`."""
     from graft_pipeline.errors import InputError
+    from graft_pipeline.grid import SUFFIX, sensor_of
     from graft_pipeline.manifests import write_bytes_atomic
     from graft_pipeline.settings import load_settings
     from training.zero_shot.answering import evidence as drawing
@@ -377,7 +378,7 @@ def ask(
         raise InputError("Ask a question, or give --program, not both.")
     settings, storage = load_settings(), open_storage()
     is_file = Path(image).exists()
-    name = sensor or (image.rpartition("-")[0] if not is_file else "") or "naip"
+    name = sensor or ("naip" if is_file else sensor_of(image).removesuffix(SUFFIX))
     if name not in settings.sensor_records:
         raise InputError(
             f"No sensor {name!r}, and no file {image}: use one of {', '.join(settings.sensor_records)}."

@@ -202,6 +202,8 @@ def test_graft_ask_answers_with_program_and_evidence(toy_world, root, paint, mon
         (("naip-7", "import os"), "no form that the grammar knows"),
         (("naip-7", "--program", "import os"), "Line 1, column 1"),
         (("naip-9", "Is there a red?"), "neither a file nor a tile"),
+        # A grid's tile, which the encoder of its sensor looks at.
+        (("naip_grid-9", "Is there a red?"), "neither a file nor a tile"),
         (("mars-9", "Is there a red?"), "No sensor 'mars'"),
         (("naip-7",), "Ask a question"),
         (("naip-7", "Is there a red?", "--writer", "endpoint"), "GRAFT_ANSWER_URL"),
