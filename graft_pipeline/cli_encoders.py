@@ -285,11 +285,13 @@ def serve(
         index.load()
         clip = image_clip(storage, index)
     basemap = Basemap(settings.basemap_url, settings.basemap_attribution)
-    if settings.is_planet and settings.basemap_url is None:
+    # Of the data, not of the settings: a server needs no keys, and real photos are not copied.
+    planet_seed = storage.planet_seed()
+    if planet_seed is not None and settings.basemap_url is None:
         from resources.planet.basemap import ZOOMS, TilePainter
         from resources.planet.world import World
 
-        painter = TilePainter(World(settings.planet.seed))
+        painter = TilePainter(World(planet_seed))
         basemap = Basemap(attribution="GRAFT's embedded planet", draw=painter.tile, zooms=ZOOMS)
     page = create_app(
         root=storage.root,
@@ -298,7 +300,7 @@ def serve(
         encode_text=lambda words: text_vector(clip, words),
         grid_deg=settings.grid_deg,
         basemap=basemap,
-        shows_copies=settings.is_planet,
+        shows_copies=planet_seed is not None,
         host=host,
     )
     run(
@@ -398,7 +400,7 @@ def ask(
             else read_tile(storage.root, image)
         )
     clip = pixel_clip(storage, name, encoder, pretrained, device)
-    vocabulary = load_prompts(prompts or ("planet" if settings.is_planet else "naip_osm"))
+    vocabulary = load_prompts(prompts or ("planet" if storage.planet_seed() is not None else "naip_osm"))
     masks = None if sam is None else Sam(sam, device=device).masks
     detector = PixelDetector(clip, vocabulary, record.gsd_m, masks=masks)
     answer = Interpreter(detector, Limits(seconds=seconds)).run(parsed, looked_at)

@@ -53,9 +53,10 @@ def world(_context: dg.InitResourceContext) -> Iterator[Settings]:
 
 @dg.resource(required_resource_keys={"world"}, description="Storage root, from GRAFT_ROOT.")
 def storage(context: dg.InitResourceContext) -> Storage:
-    """Files and tables of the deployment; says so at once when the root cannot be written."""
+    """Files and tables of the deployment; says so at once when the root cannot be written, or is another world's."""
     opened = Storage(context.resources.world.root)
     opened.check()
+    opened.claim(context.resources.world)
     return opened
 
 

@@ -4,6 +4,7 @@ How a table is checked and written is in graft_pipeline/manifests.py; which data
 """
 
 import errno
+import json
 import logging
 import re
 import secrets
@@ -17,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from graft_pipeline.errors import InputError, ServiceError, SettingsError
+from graft_pipeline.errors import DataError, InputError, ServiceError, SettingsError
 from graft_pipeline.manifests import (
     is_local,
     partition_file,
     partition_folder,
     read_table,
     remove_partial_files,
+    write_bytes_atomic,
     write_table,
 )
 from graft_pipeline.schemas import Dataset
@@ -196,16 +198,65 @@ class Storage:
             SettingsError: if it cannot.
             ServiceError: if the disk is full, or the service does not answer.
         """
-        probe = self.root / f".graft-{secrets.token_hex(6)}.partial"
+        probe = self.root / f".graft-{secrets.token_hex(6)}.probe"
         with self.explained():
             if is_local(self.root):
                 self.root.mkdir(parents=True, exist_ok=True)
-                remove_partial_files(self.root)
+                for leftover in Path(self.root.path).glob(".graft-*.probe"):
+                    leftover.unlink(missing_ok=True)
             try:
                 probe.write_bytes(b"graft")
             finally:
-                if probe.exists():
-                    probe.unlink()
+                # Another run may have taken it for a leftover.
+                probe.unlink(missing_ok=True)
+
+    def claim(self, settings: Settings) -> None:
+        """Make sure that the root holds one world's data: photos of a planet must never mix with real ones.
+
+        The first run says in `world.json` which world that is.
+
+        Args:
+            settings: of the deployment.
+
+        Raises:
+            SettingsError: if the data is another world's.
+            DataError: if the file is damaged.
+        """
+        wanted = settings.planet.seed if settings.is_planet else None
+        with self.explained():
+            if not self._world_file.exists():
+                content = {"world": "production"} if wanted is None else {"world": "planet", "seed": wanted}
+                write_bytes_atomic(self._world_file, f"{json.dumps(content)}\n".encode())
+        if (found := self.planet_seed()) != wanted:
+            raise SettingsError(
+                f"The storage root {self._given} holds data of {_world_name(found)}, and this deployment talks to "
+                f"{_world_name(wanted)}: set GRAFT_ROOT to another folder, or GRAFT_WORLD, GRAFT_PLANET__SEED and the "
+                "keys as they were."
+            )
+
+    def planet_seed(self) -> int | None:
+        """Which planet's data the root holds; None: real data, or none that says so.
+
+        Raises:
+            DataError: if `world.json` is damaged.
+            SettingsError, ServiceError: if the root cannot be read.
+        """
+        with self.explained():
+            if not self._world_file.exists():
+                return None
+            text = self._world_file.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+            return int(content["seed"]) if content["world"] == "planet" else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._world_file} is damaged: write into it what its data is, "
+                '{"world": "production"} or {"world": "planet", "seed": 0}.'
+            ) from error
+
+    @property
+    def _world_file(self) -> UPath:
+        return self.root / "world.json"
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -240,6 +291,10 @@ class Storage:
         return ServiceError(
             f"{where}: {what}. Check the storage root, then start the run again: finished work is kept."
         )
+
+
+def _world_name(planet_seed: int | None) -> str:
+    return "the real services" if planet_seed is None else f"the planet of seed {planet_seed}"
 
 
 def _client_errors() -> tuple[Any, ...]:

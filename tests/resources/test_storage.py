@@ -98,6 +98,36 @@ def test_check_leaves_nothing(storage):
     assert list(storage.root.glob("*")) == []
 
 
+def settings_of(**values):
+    return Settings(_env_file=None, **values)
+
+
+def test_a_root_holds_one_worlds_data(storage):
+    keys = {"flickr_key": "k", "flickr_secret": "s", "ee_project": "p"}
+    planet, other, real = settings_of(), settings_of(planet={"seed": 7}), settings_of(**keys)
+    assert storage.planet_seed() is None
+    storage.claim(planet)
+    storage.claim(settings_of(**keys, world="planet"))
+    assert storage.planet_seed() == 0
+    for settings, name in ((real, "talks to the real services"), (other, "talks to the planet of seed 7")):
+        with pytest.raises(SettingsError, match=f"holds data of the planet of seed 0, .*{name}.*GRAFT_ROOT"):
+            storage.claim(settings)
+    storage.write(schemas.SEARCH_LOCATIONS, locations(1), region=REGION)
+    assert storage.partitions(schemas.SEARCH_LOCATIONS) == [{"region": REGION}]
+
+
+def test_real_data_is_nobodys_planet(tmp_path):
+    storage = Storage(tmp_path)
+    storage.claim(settings_of(flickr_key="k", flickr_secret="s", ee_project="p"))
+    assert storage.planet_seed() is None
+    with pytest.raises(SettingsError, match="holds data of the real services"):
+        storage.claim(settings_of())
+    for text in ("", "[]", '{"world": "planet"}'):
+        (tmp_path / "world.json").write_text(text)
+        with pytest.raises(DataError, match="write into it what its data is"):
+            storage.planet_seed()
+
+
 def test_folders(storage):
     assert storage.areas_folder == storage.root / "areas"
     assert storage.models_folder == storage.root / "models"
