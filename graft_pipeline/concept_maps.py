@@ -120,7 +120,7 @@ class Hexagons:
             return made
         west, _, east, _ = shapely.bounds(made).T
         for number in np.flatnonzero(east - west > 180):
-            made[number] = _split_at_antimeridian(rings[number])
+            made[number] = split_at_antimeridian(rings[number])
         return made
 
 
@@ -187,8 +187,15 @@ class Squares:
         return np.asarray(lon, np.float64), np.asarray(lat, np.float64)
 
 
-def _split_at_antimeridian(ring: list[tuple[float, float]]) -> "BaseGeometry":
-    """A ring whose longitudes jump from 180 to -180, as a part on either side."""
+def split_at_antimeridian(ring: list[tuple[float, float]]) -> "BaseGeometry":
+    """A ring across the antimeridian as a part on either side of it.
+
+    Args:
+        ring: (longitude, latitude) of its corners, EPSG:4326; longitudes jump from 180 to -180.
+
+    Returns:
+        A MultiPolygon, whose longitudes are -180 to 180.
+    """
     import shapely
     from shapely import affinity
 

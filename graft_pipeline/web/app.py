@@ -26,9 +26,9 @@ from graft_pipeline.errors import GraftError, InputError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.regions import Region
 from graft_pipeline.search import SearchIndex
-from graft_pipeline.search_index import read_manifest
 from graft_pipeline.web import parameters
-from graft_pipeline.web.scoring import MAX_POINTS, EncodeText, Scorer, density, hits_geojson, listed
+from graft_pipeline.web.current import Current, OutdatedError
+from graft_pipeline.web.scoring import MAX_POINTS, EncodeText, density, hits_geojson, listed
 from graft_pipeline.web.tiles import Tiles, UnknownError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def create_app(
 
     Args:
         root: storage root.
-        index: the sensor's search index.
+        index: the sensor's search index; when it changes in the storage, it is opened anew.
         sensor: the sensor.
         encode_text: the text tower that belongs to the index.
         grid_deg: side of regions, degrees.
@@ -135,6 +135,7 @@ def create_app(
         exception_handlers={
             UnknownError: _refusal(404),
             InputError: _refusal(400),
+            OutdatedError: _refusal(503),
             GraftError: _refusal(500),
             HTTPException: _http_error,
             Exception: _unexpected,
@@ -159,8 +160,8 @@ class _Pages:
         max_points: int,
     ) -> None:
         self.base = basemap
-        self._root, self._index, self._sensor, self._grid_deg = root, index, sensor, grid_deg
-        self._scorer, self._max_points = Scorer(index, encode_text), max_points
+        self._sensor, self._grid_deg, self._max_points = sensor, grid_deg, max_points
+        self._current = Current(root, index, encode_text)
         self._tiles = Tiles(root, sensor, shows_copies=shows_copies)
 
     def page(self, request: Request) -> Response:
@@ -170,18 +171,19 @@ class _Pages:
 
     def health(self, request: Request) -> Response:
         """Whether it answers, and over how many tiles."""
-        return JSONResponse({"status": "ok", "sensor": self._sensor.name, "tiles": self._index.rows})
+        tiles = self._current.get().index.rows
+        return JSONResponse({"status": "ok", "sensor": self._sensor.name, "tiles": tiles})
 
     def about(self, request: Request) -> Response:
         """What the page needs to know of this deployment."""
-        sensor, base = self._sensor, self.base
+        sensor, base, opened = self._sensor, self.base, self._current.get()
         return JSONResponse(
             {
                 "sensor": sensor.name,
                 "gsd_m": sensor.gsd_m,
                 "footprint_m": sensor.crop_px * sensor.gsd_m,
-                "tiles": self._index.rows,
-                "stale": len(self._index.stale),
+                "tiles": opened.index.rows,
+                "stale": len(opened.stale()),
                 "threshold": THRESHOLD,
                 "shows_copies": self._tiles.shows_copies,
                 "max_words_chars": parameters.MAX_WORDS_CHARS,
@@ -192,17 +194,15 @@ class _Pages:
 
     def regions(self, request: Request) -> Response:
         """The index's regions: borders, and how many tiles each has."""
-        manifest = read_manifest(self._root, self._sensor.name)
-        parts = {} if manifest is None else manifest.parts
         return JSONResponse(
             [
                 {
                     "region": key,
                     "bounds": Region.parse(key, self._grid_deg).bounds,
                     "tiles": part.rows,
-                    "tile_bounds": part.bounds,
+                    "tile_bounds": part.bounds if part.rows else None,
                 }
-                for key, part in parts.items()
+                for key, part in self._current.get().manifest.parts.items()
             ]
         )
 
@@ -210,19 +210,19 @@ class _Pages:
         """The tiles nearest to the words, best first."""
         query = parameters.parse_query(request.query_params)
         top = parameters.parse_top(request.query_params)
-        return JSONResponse({"results": listed(self._scorer.nearest(query, top))})
+        return JSONResponse({"results": listed(self._current.get().scorer.nearest(query, top))})
 
     def density(self, request: Request) -> Response:
         """What every tile scores, for the map."""
         query = parameters.parse_query(request.query_params)
         view = parameters.parse_box(request.query_params, "view")
-        return JSONResponse(density(self._scorer.scored(query), view, self._max_points))
+        return JSONResponse(density(self._current.get().scorer.scored(query), view, self._max_points))
 
     def hits(self, request: Request) -> Response:
         """The tiles from a contrast on, as a GeoJSON file."""
         query = parameters.parse_query(request.query_params)
         threshold = parameters.parse_contrast(request.query_params, THRESHOLD)
-        made = hits_geojson(query, self._scorer.scored(query), threshold, self._sensor)
+        made = hits_geojson(query, self._current.get().scorer.scored(query), threshold, self._sensor)
         stem = re.sub(r"[^a-z0-9]+", "-", query.words.lower()).strip("-")[:60] or "hits"
         return JSONResponse(
             made,
@@ -325,7 +325,7 @@ def _error(status: int, message: str) -> JSONResponse:
 
 def _refusal(status: int) -> Callable[[Request, Exception], Response]:
     def answer(request: Request, error: Exception) -> Response:
-        if status >= 500:
+        if status == 500:
             # Such messages name files of this machine.
             logger.error("%s: %s", request.url.path, error)
             return _error(status, "The server cannot read what this needs: its log says why, and what to do.")

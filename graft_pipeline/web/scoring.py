@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graft_pipeline.concept_maps import Background, Squares, map_concepts
+from graft_pipeline.concept_maps import Background, Squares, map_concepts, split_at_antimeridian
 from graft_pipeline.geometry import projection as projection_of
 from graft_pipeline.geometry import utm_epsg
 from graft_pipeline.imagery import Sensor
@@ -188,7 +188,9 @@ def _cells(scored: Scored, shown: npt.NDArray[np.int64]) -> dict[str, Any]:
     east_km = 111.2 * float(np.ptp(lon)) * float(np.cos(np.radians(lat.mean())))
     side_km = float(np.clip(max(north_km, east_km) / _CELLS_ACROSS, *_CELL_KM))
     rows = scored.rows.take(pa.array(shown))
-    maps = map_concepts(rows, {"": columns(rows, "score")[0]}, {"": scored.background}, Squares(side_km))
+    # The rounded contrasts, as the file's: they are cosines with a background of mean 0 and deviation 1.
+    contrast, plain = scored.contrast[shown].astype(np.float32), Background(0.0, 1.0, len(shown))
+    maps = map_concepts(rows, {"": contrast}, {"": plain}, Squares(side_km))
     boxes = shapely.bounds(maps.cells.outlines(maps.keys))
     return {
         "kind": "cells",
@@ -237,7 +239,7 @@ def hits_geojson(query: Query, scored: Scored, threshold: float, sensor: Sensor)
         {
             "type": "Feature",
             "id": row["tile_id"],
-            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "geometry": _geometry(ring),
             "properties": {
                 "rank": rank,
                 "tile_id": row["tile_id"],
@@ -284,6 +286,19 @@ def _footprints(rows: pa.Table, sensor: Sensor) -> list[list[list[float]]]:
             rings[here, corner] = np.column_stack(plane.inverse(x + right * half_m, y + up * half_m))
     made: list[list[list[float]]] = np.round(rings, 7).tolist()
     return made
+
+
+def _geometry(ring: list[list[float]]) -> dict[str, Any]:
+    """A footprint's GeoJSON geometry; on the antimeridian in two parts (RFC 7946, 3.1.9)."""
+    lons = [lon for lon, _ in ring]
+    if max(lons) - min(lons) <= 180:
+        return {"type": "Polygon", "coordinates": [ring]}
+    import shapely
+    from shapely.geometry.polygon import orient
+
+    parts = shapely.get_parts(split_at_antimeridian([(lon, lat) for lon, lat in ring]))
+    rings = [np.round(orient(part).exterior.coords, 7).tolist() for part in parts]
+    return {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
 
 
 def _days(rows: pa.Table) -> list[str] | None:

@@ -231,10 +231,16 @@ class Tiles:
 
 
 def _ring(grid: Grid) -> list[list[float]]:
-    """The corners of a grid as [lat, lon], the order of map libraries."""
+    """The corners of a grid as [lat, lon], the order of map libraries.
+
+    Across the antimeridian longitudes go on beyond 180 or -180, as on maps, on from those of the grid's middle.
+    """
     x_min, y_min, x_max, y_max = grid.bounds_m
-    lon, lat = projection(grid.epsg).inverse([x_min, x_max, x_max, x_min], [y_min, y_min, y_max, y_max])
-    return [[round(float(a), 7), round(float(b), 7)] for a, b in zip(lat, lon, strict=True)]
+    lon, lat = projection(grid.epsg).inverse(
+        [(x_min + x_max) / 2, x_min, x_max, x_max, x_min], [(y_min + y_max) / 2, y_min, y_min, y_max, y_max]
+    )
+    corners = zip(lat[1:], np.unwrap(lon, period=360)[1:], strict=True)
+    return [[round(float(a), 7), round(float(b), 7)] for a, b in corners]
 
 
 def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:

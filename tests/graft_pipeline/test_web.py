@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import requests
+import shapely
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,18 +29,22 @@ from upath import UPath
 
 from graft_pipeline import search_index
 from graft_pipeline.chips import encode
+from graft_pipeline.concept_maps import Background
 from graft_pipeline.embeddings import to_column
 from graft_pipeline.errors import ServiceError, SettingsError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import NAIP
-from graft_pipeline.manifests import partition_file, partition_folder, write_table
+from graft_pipeline.manifests import partition_file, partition_folder, read_table, write_table
 from graft_pipeline.purging import purge
 from graft_pipeline.regions import Region
-from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, FLICKR_PHOTOS, GROUND_IMAGES, PAIRS
+from graft_pipeline.schemas import CHIP_EMBEDDINGS, CHIPS, FLICKR_PHOTOS, GROUND_IMAGES, PAIRS, SEARCH_RESULTS
 from graft_pipeline.search import SearchIndex
 from graft_pipeline.settings import load_settings
 from graft_pipeline.shards import ShardWriter
+from graft_pipeline.web import current
 from graft_pipeline.web.app import Basemap, create_app
+from graft_pipeline.web.parameters import Query
+from graft_pipeline.web.scoring import Scored, density, hits_geojson
 from graft_pipeline.web.server import run
 from resources.storage import Storage
 
@@ -143,6 +148,29 @@ def build_region(root: UPath, number: int) -> list[dict[str, Any]]:
     table = pa.table(embedded | {"embedding": to_column(vectors_of(number)), "model_id": ["a"] * TILES})
     write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
     return photo_rows
+
+
+def add_tile(
+    root: UPath, sensor: str, region: Region, tile_id: str, lon: float, lat: float, model_id: str = "a"
+) -> None:
+    """One more tile, the only one of its partition; it is a road."""
+    place = {"sensor": sensor, "region": region.key}
+    x, y = region.projection.forward(lon, lat)
+    grid = Grid.snapped(region.epsg, float(x), float(y), NAIP.gsd_m, NAIP.chip_px)
+    with ShardWriter(partition_folder(root, CHIPS, **place), "chips-00000.tar") as shard:
+        stored = shard.add(f"{tile_id}.tif", encode(np.full((448, 448, 3), 77, np.uint8), grid))
+    row = chip_row(tile_id, grid, 0) | {"scene_id": "scene", **vars(stored)}
+    write_table(partition_file(root, CHIPS, **place), pa.Table.from_pylist([row], schema=CHIPS.schema), CHIPS)
+    embedded = {
+        "tile_id": [tile_id],
+        "center_lon_deg": [lon],
+        "center_lat_deg": [lat],
+        "model_id": [model_id],
+    }
+    embedded |= {"chip_sha256": [tile_id]}
+    table = pa.table(embedded | {"embedding": to_column(encode_text("road")[None])})
+    write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
+    search_index.update(root, "naip", model_id=model_id)
 
 
 def build_root(root: UPath, make_photos: Any) -> UPath:
@@ -294,19 +322,8 @@ def test_a_tile_shows_its_chip_and_its_photos_where_they_were_taken(made: Simple
 
 
 def test_a_tile_of_the_grid_has_a_chip_and_no_photo(tmp_path: Path, make_photos: Any) -> None:
-    root, region = build_root(UPath(tmp_path), make_photos), Region.parse(REGIONS[0])
-    place, tile_id = {"sensor": "naip_grid", "region": region.key}, "naip_grid-32619-448--7-10500"
-    x, y = region.projection.forward(-70.5, 42.5)
-    grid = Grid.snapped(region.epsg, float(x), float(y), NAIP.gsd_m, NAIP.chip_px)
-    with ShardWriter(partition_folder(root, CHIPS, **place), "chips-00000.tar") as shard:
-        stored = shard.add(f"{tile_id}.tif", encode(np.full((448, 448, 3), 77, np.uint8), grid))
-    row = chip_row(tile_id, grid, 0) | {"scene_id": "scene", **vars(stored)}
-    write_table(partition_file(root, CHIPS, **place), pa.Table.from_pylist([row], schema=CHIPS.schema), CHIPS)
-    embedded = {"tile_id": [tile_id], "center_lon_deg": [-70.5], "center_lat_deg": [42.5], "model_id": ["a"]}
-    embedded |= {"chip_sha256": [tile_id]}
-    table = pa.table(embedded | {"embedding": to_column(encode_text("road")[None])})
-    write_table(partition_file(root, CHIP_EMBEDDINGS, **place), table, CHIP_EMBEDDINGS)
-    search_index.update(root, "naip")
+    root, tile_id = build_root(UPath(tmp_path), make_photos), "naip_grid-32619-448--7-10500"
+    add_tile(root, "naip_grid", Region.parse(REGIONS[0]), tile_id, -70.5, 42.5)
     with serving(app_of(root)) as url:
         [found] = get(f"{url}/api/search", words="road", top=1)["results"]
         assert found["tile_id"] == tile_id
@@ -339,6 +356,117 @@ def test_a_purged_photo_is_gone_at_once(tmp_path: Path, make_photos: Any) -> Non
         after = get(f"{url}/api/tile/N42W071/naip-3")["photos"]
         assert [photo["photo_id"] for photo in after] == [before[0]["photo_id"]]
         assert requests.get(f"{url}/{before[1]['copy_url']}", timeout=30).status_code == 404
+        # A tile has its centre photo's id, and goes with it: from what is loaded, too.
+        assert "naip-3" in shown(url)
+        purge(Storage(root), ["3"], [], reason="requested", now=datetime.now(UTC))
+        assert get(f"{url}/api/tile/N42W071/naip-3", 404)["error"]
+        left = set(all_ids()) - {"naip-3", f"naip-{before[1]['photo_id']}"}
+        eventually(lambda: get(f"{url}/health")["tiles"] == len(left))
+        listed = get(f"{url}/api/search", words="lake", top=500)["results"]
+        saved = get(f"{url}/api/hits.geojson", words="lake", contrast=-10)["features"]
+        assert (
+            {row["tile_id"] for row in listed} == {feature["id"] for feature in saved} == shown(url) == left
+        )
+        assert sum(region["tiles"] for region in get(f"{url}/api/regions")) == len(left)
+
+
+def drop_chips(root: UPath, region: str) -> None:
+    write_table(partition_file(root, CHIPS, sensor="naip", region=region), CHIPS.empty(), CHIPS)
+    search_index.update(root, "naip", model_id="a")
+
+
+def shown(url: str) -> set[str]:
+    """Tiles that the map draws."""
+    return set(get(f"{url}/api/density", words="lake")["tile_id"])
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what a server does soon."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_server_follows_its_index(
+    tmp_path: Path, make_photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOOK_S", "RETRY_S", "STALE_S"):
+        monkeypatch.setattr(current, name, 0.0)
+    root, region = build_root(UPath(tmp_path), make_photos), Region.parse("N43W071")
+    manifest = search_index.index_folder(root, "naip") / "index.json"
+    with serving(app_of(root)) as url:
+        before = manifest.read_bytes()
+        add_tile(root, "naip", region, "naip-5000", -70.5, 43.5)
+        assert get(f"{url}/api/search", words="road", top=1)["results"][0]["tile_id"] == "naip-5000"
+        assert [told["region"] for told in get(f"{url}/api/regions")] == [*REGIONS, "N43W071"]
+        assert get(f"{url}/api/about")["stale"] == 0
+        # What an index says that cannot be read, or whose files are gone, is answered from the one that is open.
+        after = manifest.read_bytes()
+        for content in (b"no manifest", before.replace(b".arrow", b".gone")):
+            manifest.write_bytes(content)
+            assert get(f"{url}/health")["tiles"] == 2 * TILES + 1
+        manifest.write_bytes(after)
+        file = partition_file(root, CHIP_EMBEDDINGS, sensor="naip", region=REGIONS[0])
+        table = read_table(file, CHIP_EMBEDDINGS)
+        write_table(file, table.slice(1), CHIP_EMBEDDINGS)
+        assert get(f"{url}/api/about")["stale"] == 1
+        assert get(f"{url}/health")["tiles"] == 2 * TILES + 1
+        # Words and tiles of two encoders have nothing to do with each other.
+        add_tile(root, "naip", region, "naip-5000", -70.5, 43.5, model_id="b")
+        for path in ("health", "api/about", "api/regions", "api/search?words=road", "api/density?words=road"):
+            assert "restart" in get(f"{url}/{path}", 503)["error"]
+        search_index.update(root, "naip", model_id="a")
+        assert get(f"{url}/health")["tiles"] == 2 * TILES - 1
+        # A region whose last tile went lies nowhere; an index without any tile answers nothing.
+        drop_chips(root, REGIONS[0])
+        assert [region["tile_bounds"] is None for region in get(f"{url}/api/regions")] == [True, False]
+        drop_chips(root, REGIONS[1])
+        assert "materialise" in get(f"{url}/api/search", 503, words="road")["error"]
+
+
+@pytest.mark.parametrize(("lon", "key"), [(179.9995, "N42E179"), (-179.9995, "N42W180")])
+def test_a_footprint_on_the_antimeridian_is_no_belt_around_the_globe(
+    tmp_path: Path, lon: float, key: str
+) -> None:
+    root = UPath(tmp_path)
+    add_tile(root, "naip", Region.parse(key), "naip-1", lon, 42.5)
+    with serving(app_of(root)) as url:
+        tile = get(f"{url}/api/tile/{key}/naip-1")
+        for name, side_m in (("chip_ring", 448), ("footprint_ring", 224)):
+            ring = np.array(tile[name])
+            assert ring.mean(axis=0) == pytest.approx([42.5, lon], abs=2e-5)
+            assert np.ptp(ring[:, 1]) * 111_320 * np.cos(np.radians(42.5)) == pytest.approx(side_m, rel=0.05)
+        [feature] = get(f"{url}/api/hits.geojson", words="road", contrast=-1)["features"]
+        assert feature["geometry"]["type"] == "MultiPolygon"
+        outline = shapely.geometry.shape(feature["geometry"])
+        assert outline.is_valid
+        assert all(part.exterior.is_ccw for part in outline.geoms)
+        west, east = sorted(outline.geoms, key=lambda part: -part.bounds[0])
+        assert (west.bounds[2], east.bounds[0]) == (180, -180)
+        area_m2 = outline.area * 111_320**2 * np.cos(np.radians(42.5))
+        assert area_m2 == pytest.approx(224.0**2, rel=0.01)
+
+
+def test_cells_and_the_file_count_the_same_hits() -> None:
+    # By its cosine each lies below a threshold, rounded to three decimals on it.
+    contrast = np.array([0.99951, 0.9994, 1.99951])
+    rows = {
+        "tile_id": ["a", "b", "c"],
+        "region": [REGIONS[0]] * 3,
+        "center_lon_deg": [-70.5] * 3,
+        "center_lat_deg": [42.5] * 3,
+        "acquired_at_utc": [FIRST_DAY] * 3,
+        "scene_id": ["scene"] * 3,
+        "score": contrast.astype(np.float32),
+    }
+    table = pa.table(rows).select(SEARCH_RESULTS.schema.names).cast(SEARCH_RESULTS.schema)
+    scored = Scored(table, Background(0.0, 1.0, 3), np.round(contrast, 3))
+    told = density(scored, None, max_points=1)
+    hits = dict(zip(told["thresholds"], np.sum(told["hits"], axis=0).tolist(), strict=True))
+    assert (hits[0.75], hits[1.0], hits[2.0]) == (3, 2, 1)
+    for threshold, count in hits.items():
+        assert hits_geojson(Query("lake"), scored, threshold, NAIP)["hits"] == count
 
 
 REFUSALS = [
