@@ -24,6 +24,7 @@ from graft_pipeline.search_index import (
     Part,
     ShortlistFile,
     drop_copies,
+    foreign_regions,
     index_folder,
     open_part,
     open_shortlist,
@@ -66,8 +67,7 @@ class _OpenPart:
 
     @cached_property
     def _opened(self) -> tuple[pa.RecordBatch, npt.NDArray[np.float32]]:
-        table, vectors = open_part(self._path)
-        return table.combine_chunks().to_batches(max_chunksize=max(1, self.rows))[0], vectors
+        return open_part(self._path)
 
     def load(self) -> None:
         """Open the file."""
@@ -473,7 +473,10 @@ def stale_regions(root: "UPath | Path", sensor: str, manifest: Manifest) -> dict
         Why, in words, by region, sorted.
     """
     sources = read_sources(root, sensor, manifest)
-    stale = dict(manifest.left_out)
+    stale = foreign_regions(
+        {region: source for region, source in sources.items() if region not in manifest.parts},
+        manifest.model_id,
+    )
     for region, part in manifest.parts.items():
         if region not in sources:
             stale[region] = f"{region}: its chip embeddings are gone"

@@ -168,16 +168,18 @@ def read_manifest(root: "UPath | Path", sensor: str) -> Manifest | None:
         sensor: name of the sensor.
 
     Returns:
-        The manifest; None if there is no index yet.
+        The manifest; None if there is no index yet, or one of another version, in whose place the next update makes
+        a new one.
 
     Raises:
-        DataError: if the file is damaged, or was written by another version.
+        DataError: if the file is damaged.
     """
     path = index_folder(root, sensor) / "index.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
-            raise DataError(f"{path} is of another version: materialise {sensor}/search_index.")
+            logger.warning("%s is of another version: materialise %s/search_index.", path, sensor)
+            return None
         parts = {
             region: Part(**{**part, "bounds": tuple(part["bounds"])})
             for region, part in content.pop("parts").items()
@@ -289,11 +291,7 @@ def update(
     sources = read_sources(root, sensor, before)
     wanted = model_id or _most_common_model(sources.values())
     known = _usable(folder, before, wanted)
-    left_out = {
-        region: f"{region}: embedded by encoder {', '.join(source.model_ids)}, not {wanted}"
-        for region, source in sources.items()
-        if source.model_ids != (wanted,)
-    }
+    left_out = foreign_regions(sources, wanted)
     current = {region: source for region, source in sources.items() if region not in left_out}
     width, parts, made, without_chip = known.width, dict[str, Part](), list[str](), 0
     for done, (region, source) in enumerate(current.items(), start=1):
@@ -330,6 +328,23 @@ def update(
     return Update(manifest, tuple(made), removed, without_chip, is_changed, time.perf_counter() - started)
 
 
+def foreign_regions(sources: dict[str, Source], model_id: str) -> dict[str, str]:
+    """Regions that another encoder embedded, whose vectors are in another space.
+
+    Args:
+        sources: by region.
+        model_id: fingerprint of the encoder that is wanted.
+
+    Returns:
+        Why they have no part, in words, by region.
+    """
+    return {
+        region: f"{region}: embedded by encoder {', '.join(source.model_ids)}, not {model_id}"
+        for region, source in sources.items()
+        if source.model_ids != (model_id,)
+    }
+
+
 def refresh(root: "UPath | Path") -> None:
     """Bring every index below a root up to date, with the encoder that each was made with.
 
@@ -340,12 +355,14 @@ def refresh(root: "UPath | Path") -> None:
         DataError: if a dataset or an index is damaged.
         ServiceError: if the disk is full.
     """
-    folders = [str(folder) for folder in root.glob("search_index/sensor=*")]
-    for sensor in sorted(folder.rpartition("sensor=")[2] for folder in folders):
+    files = [file.parts[-2] for file in root.glob("search_index/sensor=*/index.json")]
+    for sensor in sorted(folder.partition("=")[2] for folder in files):
         known = read_manifest(root, sensor)
-        if known is not None:
-            rows = EXACT_ROWS if known.shortlist is None else known.shortlist.exact_rows
-            update(root, sensor, model_id=known.model_id or None, exact_rows=rows)
+        if known is None:
+            update(root, sensor)
+            continue
+        rows = EXACT_ROWS if known.shortlist is None else known.shortlist.exact_rows
+        update(root, sensor, model_id=known.model_id or None, exact_rows=rows)
 
 
 def _usable(folder: "UPath", known: Manifest | None, model_id: str) -> Manifest:
@@ -437,8 +454,8 @@ def _sample(folder: "UPath", manifest: Manifest) -> npt.NDArray[np.float32]:
     return np.concatenate(found)
 
 
-def open_part(path: "UPath") -> tuple[pa.Table, npt.NDArray[np.float32]]:
-    """Open a part; rows are read from the disk as they are looked at.
+def open_part(path: "UPath") -> tuple[pa.RecordBatch, npt.NDArray[np.float32]]:
+    """Open a part; rows are read from the disk as they are looked at, and take no memory that cannot be dropped.
 
     Args:
         path: its Arrow file; one of an object store is copied to this machine first.
@@ -452,16 +469,22 @@ def open_part(path: "UPath") -> tuple[pa.Table, npt.NDArray[np.float32]]:
     try:
         with pa.memory_map(str(local_copy(path))) as source:
             # What is mapped outlives the file's descriptor, of which there are fewer than regions.
-            table = pa.ipc.open_file(source).read_all()
+            reader = pa.ipc.open_file(source)
+            # As it was written, in one batch: putting chunks together would copy even a single one.
+            rows = (
+                reader.get_batch(0)
+                if reader.num_record_batches
+                else pa.RecordBatch.from_pylist([], reader.schema)
+            )
     except FileNotFoundError as error:
         raise _gone(path) from error
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{path} is damaged ({error}): delete it and materialise the search index again."
         ) from error
-    width = table.schema.field("embedding").type.list_size
-    vectors = np.asarray(table["embedding"].combine_chunks().flatten()).reshape(table.num_rows, width)
-    return table.drop_columns(["embedding"]), vectors
+    width = rows.schema.field("embedding").type.list_size
+    vectors = np.asarray(rows["embedding"].flatten()).reshape(rows.num_rows, width)
+    return rows.drop_columns(["embedding"]), vectors
 
 
 def open_shortlist(path: "UPath") -> "Shortlist":
@@ -514,11 +537,14 @@ def local_copy(path: "UPath") -> Path:
 
 def drop_copies(folder: "UPath", manifest: Manifest) -> None:
     """Remove local copies of files that an index on an object store no longer has."""
-    if not is_local(folder) and _cache(folder).exists():
-        kept = files_of(manifest)
-        for file in _cache(folder).iterdir():
-            if file.name not in kept:
-                file.unlink(missing_ok=True)
+    if is_local(folder) or not _cache(folder).exists():
+        return
+    kept, a_day_ago = files_of(manifest), time.time() - 86_400
+    for file in _cache(folder).iterdir():
+        # Hidden ones are being copied, by another process maybe; old ones were, when it was killed.
+        is_passing = file.name.startswith(".") and file.stat().st_mtime > a_day_ago
+        if file.name not in kept and not is_passing:
+            file.unlink(missing_ok=True)
 
 
 def _cache(folder: "UPath") -> Path:

@@ -144,27 +144,30 @@ class Shortlist:
         Args:
             vector: (D,) float32, L2-normalised.
             top: how many of the nearest are wanted.
-            is_admitted: (largest number + 1,) bool, which may be answered; None: all. The fewer they are, the
-                more lists are looked into.
+            is_admitted: (largest number + 1,) bool, which may be answered; None: all. More lists are looked into the
+                fewer they are, and until enough of them are found: ground of an area looks alike, so that they may all
+                lie in lists that are far from the vector.
 
         Returns:
             Their numbers, ascending.
         """
         import faiss
 
-        share = 1.0 if is_admitted is None else max(1, int(np.count_nonzero(is_admitted))) / self.rows
+        admitted = self.rows if is_admitted is None else max(1, int(np.count_nonzero(is_admitted)))
         wanted = max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * top)
         lists = self._lists.nlist
-        probed = min(lists, math.ceil(lists * max(PROBED_SHARE, LEAST_PROBED / self.rows) / share))
-        inside = faiss.SearchParametersIVF(nprobe=probed)
-        if is_admitted is not None:
-            # Kept by name: faiss refers to it.
-            bits = np.packbits(is_admitted, bitorder="little")
-            selector = faiss.IDSelectorBitmap(bits)
-            inside = faiss.SearchParametersIVF(nprobe=probed, sel=selector)
-        parameters = faiss.SearchParametersPreTransform(index_params=inside)
-        _, found = self._index.search(vector[None], wanted, params=parameters)
-        return np.sort(found[0][found[0] >= 0])
+        probed = lists * max(PROBED_SHARE, LEAST_PROBED / self.rows) * self.rows / admitted
+        # Kept by name: faiss refers to them.
+        bits = None if is_admitted is None else np.packbits(is_admitted, bitorder="little")
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+        while True:
+            inside = faiss.SearchParametersIVF(nprobe=min(lists, math.ceil(probed)), sel=selector)
+            parameters = faiss.SearchParametersPreTransform(index_params=inside)
+            _, found = self._index.search(vector[None], wanted, params=parameters)
+            numbers = np.sort(found[0][found[0] >= 0])
+            if probed >= lists or len(numbers) >= min(wanted, admitted):
+                return numbers
+            probed *= 4
 
 
 def sample_size(rows: int) -> int:

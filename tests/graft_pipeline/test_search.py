@@ -374,8 +374,10 @@ def test_damage_is_said_and_healed(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     content = json.loads(whole["index.json"])
     (folder / "index.json").write_text(json.dumps(content | {"version": 0}))
-    with pytest.raises(DataError, match="another version"):
-        search_index.update(root, SENSOR)
+    with pytest.raises(DataError, match="no search index of naip: materialise"):
+        SearchIndex.open(root, SENSOR)
+    search_index.refresh(root)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +425,33 @@ def test_a_shortlist_holds_nearly_all_of_the_nearest(
         assert admitted.issuperset(found["tile_id"].to_pylist())
     assert np.mean(recall[:20]) >= 0.95
     assert np.mean(recall[20:]) >= 0.95
+
+
+def test_an_area_whose_tiles_are_far_from_the_words_is_searched_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ground of one region looks alike, and nothing like what is asked for."""
+    from graft_pipeline import shortlist
+
+    monkeypatch.setattr(shortlist, "LEAST_PROBED", 500)
+    rng, root = np.random.default_rng(0), UPath(tmp_path)
+    kinds = unit(rng.standard_normal((10, 32)))
+    for number, kind in enumerate(kinds):
+        tiles = unit(kind + 0.1 * rng.standard_normal((1000, 32)))
+        write_region(root, f"N42W0{70 + number}", tiles, corner=(42, -70 - number))
+    search_index.update(root, SENSOR, exact_rows=500)
+    index, half = SearchIndex.open(root, SENSOR), Filters(area=shapely.box(-75, 42, -69, 43))
+    for kind in kinds:
+        assert index.search(kind, 50, half).num_rows == 50
+
+
+def test_vectors_stay_on_the_disk(clustered: tuple[SearchIndex, np.ndarray]) -> None:
+    index, queries = clustered
+    before = pa.total_allocated_bytes()
+    index.load()
+    held = [index.search(vector, 20, is_exact=True) for vector in queries[:2]]
+    assert pa.total_allocated_bytes() - before < 0.05 * index.rows * index.width * 4
+    assert held
 
 
 def test_hits_are_written_as_points(indexed: tuple[UPath, SearchIndex], tmp_path: Path) -> None:
