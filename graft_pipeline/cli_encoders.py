@@ -228,6 +228,7 @@ def map_concepts(
     from graft_pipeline.search import Filters, SearchIndex
     from training.zero_shot.queries import text_vector
 
+    map_files.check_maps_name(output)
     shown = read_area(area).geometry if area else None
     days = [None if day is None else day.date() for day in (since, until)]
     cells = concept_maps.Squares(cell_km) if cell_km is not None else concept_maps.Hexagons(resolution)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
     from upath import UPath
 
+#: Endings of the files that a map may be.
+FORMS = (".parquet", ".tif", ".html")
 #: What a browser draws without delay, and pixels times bands of a raster, which is made in memory.
 MAX_PAGE_CELLS = 20_000
 MAX_VALUES = 200_000_000
@@ -150,11 +152,8 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
         )
     best = [maps.best_tiles(number, BEST_TILES) for number in range(len(maps.concepts))]
     shown = sorted({row for some in best for row, _ in some})
-    pictures = dict(zip(shown, _pictures(maps, shown, read_chips), strict=True))
-    ids, lon, lat, acquired = (
-        maps.rows[name].to_pylist()
-        for name in ("tile_id", "center_lon_deg", "center_lat_deg", "acquired_at_utc")
-    )
+    pictures = _pictures(maps, shown, read_chips)
+    places = maps.rows.take(shown).to_pylist()
     content = {
         "threshold": maps.threshold,
         "thresholds": maps.thresholds,
@@ -175,13 +174,13 @@ def page(maps: ConceptMaps, title: str, read_chips: ReadRows, area: "BaseGeometr
         ],
         "tiles": {
             row: {
-                "id": ids[row],
-                "lon": round(lon[row], 5),
-                "lat": round(lat[row], 5),
-                "day": f"{acquired[row]:%Y-%m-%d}",
-                "picture": pictures[row],
+                "id": tile["tile_id"],
+                "lon": round(tile["center_lon_deg"], 5),
+                "lat": round(tile["center_lat_deg"], 5),
+                "day": f"{tile['acquired_at_utc']:%Y-%m-%d}",
+                "picture": picture,
             }
-            for row in shown
+            for row, tile, picture in zip(shown, places, pictures, strict=True)
         },
         "area": [] if area is None else [ring for part in shapely.get_parts(area) for ring in _rings(part)],
     }
@@ -235,15 +234,15 @@ def write_maps(
     Raises:
         InputError: if the name ends in something else, there is no cell, or the file cannot hold so many.
     """
-    forms: dict[str, Callable[[], bytes]] = {
-        ".parquet": lambda: geoparquet(maps),
-        ".tif": lambda: geotiff(maps),
-        ".html": lambda: page(maps, title, read_chips, area),
-    }
-    if output.suffix and output.suffix not in forms:
-        raise InputError(f"{output} is no map: end its name in {', '.join(forms)}, or name a folder.")
+    makers = (
+        lambda: geoparquet(maps),
+        lambda: geotiff(maps),
+        lambda: page(maps, title, read_chips, area),
+    )
+    forms: dict[str, Callable[[], bytes]] = dict(zip(FORMS, makers, strict=True))
+    check_maps_name(output)
     _check_not_empty(maps)
-    if output.suffix:
+    if output.suffix in forms:
         return Written({output: write_bytes_atomic(output, forms[output.suffix]())}, {})
     remove_partial_files(output)
     contents: dict[str, bytes] = {}
@@ -272,6 +271,19 @@ def _rings(outline: "BaseGeometry") -> list[list[list[float]]]:
         [[round(lat, 5), round(lon, 5)] for lon, lat in part.exterior.coords[:-1]]
         for part in shapely.get_parts(outline)
     ]
+
+
+def check_maps_name(output: "UPath | Path") -> None:
+    """Refuse a name that `write_maps` would refuse, before tiles are scored.
+
+    Args:
+        output: file or folder.
+
+    Raises:
+        InputError: if it ends in something else than a map's form, and is no folder that exists.
+    """
+    if output.suffix not in ("", *FORMS) and not output.is_dir():
+        raise InputError(f"{output} is no map: end its name in {', '.join(FORMS)}, or name a folder.")
 
 
 def _pictures(maps: ConceptMaps, rows: Sequence[int], read_chips: ReadRows) -> list[str | None]:
