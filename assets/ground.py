@@ -135,8 +135,12 @@ def flickr_photos(
     region = Region.parse(context.partition_key, world.grid_deg)
     known = storage.read(schemas.FLICKR_PHOTOS, region=region.key)
     locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
-    since = photos.search_from(known, world.uploaded_from, full_refresh=config.full_refresh)
-    unfinished = Unfinished(storage.folder(schemas.FLICKR_PHOTOS, region=region.key))
+    folder = storage.folder(schemas.FLICKR_PHOTOS, region=region.key)
+    scope = photos.search_scope(locations, world.uploaded_from, flickr.filters)
+    # On other ground, or with other filters, the watermark of what is known says nothing.
+    is_whole = config.full_refresh or known.num_rows == 0 or photos.last_scope(folder) != scope
+    since = photos.search_from(known, world.uploaded_from, full_refresh=is_whole)
+    unfinished = Unfinished(folder)
     report = progress.task(f"{region.key} Flickr search")
     raw = photos.search_all(
         locations, flickr.search, since, datetime.now(UTC), unfinished, flickr.filters, report
@@ -148,6 +152,7 @@ def flickr_photos(
     table = photos.merge_photos(known, wanted)
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
     unfinished.close()
+    photos.keep_scope(folder, scope)
     where = photos.by_status(table)
     advice = "Flickr has no photo around the search locations: look at their map, and at uploaded_from"
     return report_table(
@@ -157,7 +162,7 @@ def flickr_photos(
         findings=[rules.not_empty(table, advice)],
         picture=previews.scatter_map(where, title=f"Photos of {region.key}", bounds=region.bounds),
         searched_from=since.isoformat(),
-        is_first_search=known.num_rows == 0,
+        is_whole_search=is_whole,
         photos_per_day=photos.upload_rate(table, datetime.now(UTC)),
         new_photos=table.num_rows - known.num_rows,
         outside_region=found.outside_region,

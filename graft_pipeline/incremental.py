@@ -22,7 +22,7 @@ class RegionState:
     Attributes:
         key: the region's key.
         searched_at: when its last search ended, UTC; None: never.
-        is_first_search: whether that search had nothing to start from.
+        is_whole_search: whether that search asked for more than news.
         calls: Flickr calls that it took; None: unknown.
         photos_per_day: uploads a day in the year before that search.
         failed_at: when its last run began, UTC, if that came to no good end.
@@ -31,7 +31,7 @@ class RegionState:
 
     key: str
     searched_at: datetime | None = None
-    is_first_search: bool = False
+    is_whole_search: bool = False
     calls: int | None = None
     photos_per_day: float = 0.0
     failed_at: datetime | None = None
@@ -82,12 +82,12 @@ def expected_calls(states: Collection[RegionState], locations: int) -> dict[str,
         By key: as many as its last search if that asked for news too; else, for a first search, the median of
         the first searches that are known; else one for each location.
     """
-    first = [state.calls for state in states if state.is_first_search and state.calls is not None]
+    first = [state.calls for state in states if state.is_whole_search and state.calls is not None]
     of_first_search = max(locations, round(statistics.median(first))) if first else locations
     return {
         state.key: of_first_search
         if state.searched_at is None
-        else max(locations, 0 if state.is_first_search else state.calls or 0)
+        else max(locations, 0 if state.is_whole_search else state.calls or 0)
         for state in states
     }
 

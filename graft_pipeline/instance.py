@@ -26,7 +26,7 @@ class _Search:
 
     storage_id: int
     at: datetime
-    is_first: bool
+    is_whole: bool
     calls: int | None
     photos_per_day: float
 
@@ -59,7 +59,7 @@ def region_states(instance: dg.DagsterInstance, sensors: Iterable[str]) -> list[
             RegionState(
                 key,
                 searched_at=search.at if search else None,
-                is_first_search=search is not None and search.is_first,
+                is_whole_search=search is not None and search.is_whole,
                 calls=search.calls if search else None,
                 photos_per_day=search.photos_per_day if search else 0.0,
                 failed_at=failed.get(key),
@@ -93,7 +93,7 @@ def _searches(instance: dg.DagsterInstance) -> dict[str, _Search]:
             known[str(record.partition_key)] = _Search(
                 record.storage_id,
                 datetime.fromtimestamp(record.timestamp, UTC),
-                bool(values.get("is_first_search", False)),
+                bool(values.get("is_whole_search", False)),
                 values.get("flickr_calls"),  # type: ignore[arg-type]
                 float(values.get("photos_per_day", 0.0)),  # type: ignore[arg-type]
             )

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import InputError
-from graft_pipeline.manifests import columns
+from graft_pipeline.manifests import columns, write_bytes_atomic
 from graft_pipeline.provenance import fingerprint
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import FLICKR_PHOTOS
 from graft_pipeline.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,9 @@ BURST_RADIUS_M = 10.0
 
 #: How far before the watermark a search begins anew: Flickr's index lists some photos late.
 SEARCH_OVERLAP = timedelta(days=2)
+
+#: In a partition's folder: what was searched when its photos were last stored.
+_SCOPE_FILE = "searched.txt"
 
 #: Suffixes of Flickr's uncropped sizes by nominal longer side, smallest first; the original last, as it may
 #: be huge, rotated or no JPEG. The square sizes `s` and `q` are crops and left out.
@@ -371,6 +378,49 @@ def search_from(known: pa.Table, uploaded_from: str, *, full_refresh: bool = Fal
     if full_refresh or latest is None:
         return first
     return max(first, latest - SEARCH_OVERLAP)
+
+
+def search_scope(locations: pa.Table, uploaded_from: str, filters: Mapping[str, str]) -> str:
+    """What decides which photos a region's whole search finds, but for the time of it.
+
+    Args:
+        locations: SEARCH_LOCATIONS rows.
+        uploaded_from: first upload date of the deployment.
+        filters: what else decides the answers.
+
+    Returns:
+        A fingerprint. Where it is another one than at the last search, older photos may be unknown as well.
+    """
+    places = locations.select(["lon_deg", "lat_deg", "radius_km"]).to_pylist()
+    return fingerprint(places, uploaded_from, dict(filters))
+
+
+def last_scope(folder: "UPath | Path") -> str | None:
+    """The scope of the last search that was completed and stored.
+
+    Args:
+        folder: the partition's folder.
+
+    Returns:
+        As of `search_scope`; None before the first.
+    """
+    try:
+        return str((folder / _SCOPE_FILE).read_text(encoding="utf-8")).strip()
+    except FileNotFoundError:
+        return None
+
+
+def keep_scope(folder: "UPath | Path", scope: str) -> None:
+    """Note that a search was completed, once its photos are stored.
+
+    Args:
+        folder: the partition's folder.
+        scope: as of `search_scope`.
+
+    Raises:
+        ServiceError: if the disk is full.
+    """
+    write_bytes_atomic(folder / _SCOPE_FILE, f"{scope}\n".encode())
 
 
 def search_all(

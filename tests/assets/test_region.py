@@ -165,6 +165,27 @@ def test_a_second_materialisation_downloads_nothing_and_changes_no_byte(planet: 
     assert later.get("get_pixels", 0) == traffic.get("get_pixels", 0)
 
 
+def test_ground_that_an_area_gains_is_searched_from_the_beginning(planet: Any, deploy: Deploy) -> None:
+    wide, grown = (-71.45, 42.05, -71.26, 42.24), deploy(planet_url=planet.url)
+    grown.register(*SMALL)
+    grown.materialise("search_locations", "flickr_photos", partition=REGION)
+    small = grown.storage.read(schemas.FLICKR_PHOTOS, region=REGION)
+    grown.register(*wide)
+    grown.materialise("search_locations", "flickr_photos", partition=REGION)
+    assert grown.metadata("flickr_photos")["is_whole_search"].value
+    at_once = deploy(planet_url=planet.url)
+    at_once.start_like(grown)
+    at_once.materialise("search_locations", "flickr_photos", partition=REGION)
+    found, known = (
+        set(deployment.storage.read(schemas.FLICKR_PHOTOS, region=REGION)["photo_id"].to_pylist())
+        for deployment in (at_once, grown)
+    )
+    assert known == found | set(small["photo_id"].to_pylist())
+    assert len(known) > small.num_rows
+    grown.materialise("flickr_photos", partition=REGION)
+    assert not grown.metadata("flickr_photos")["is_whole_search"].value
+
+
 def test_imagery_is_asked_about_once_a_chip(collected: Any) -> None:
     metadata = collected.metadata("naip/chips")
     assert metadata["imagery_requests"].value <= 1.05 * metadata["dagster/row_count"].value
@@ -225,8 +246,9 @@ def test_a_refused_flickr_key_stops_the_run_and_keeps_what_was_there(
     deployment = deploy(planet_url=planet.url)
     deployment.register(*SMALL)
     deployment.materialise("search_locations", partition=REGION)
-    files = deployment.files()
     # Production settings that point at the planet, with a key that it refuses.
+    (deployment.folder / "data" / "world.json").write_text('{"world": "production"}')
+    files = deployment.files()
     for name, value in {
         "GRAFT_WORLD": "production",
         "GRAFT_FLICKR_KEY": "invalid",

@@ -28,7 +28,7 @@ states = st.lists(
         RegionState,
         key=st.integers(0, 99).map(lambda number: f"N{number:02d}E000"),
         searched_at=moments,
-        is_first_search=st.booleans(),
+        is_whole_search=st.booleans(),
         calls=st.none() | st.integers(0, 500),
         photos_per_day=st.floats(0, 1000),
         failed_at=moments,
@@ -119,7 +119,7 @@ def test_every_region_is_picked_again_and_again(regions: list[tuple[float, int, 
             index = int(choice.key[1:3])
             _, cost, outcome = regions[index]
             known[index] = (
-                replace(known[index], searched_at=now, is_first_search=False, calls=cost, failed_at=None)
+                replace(known[index], searched_at=now, is_whole_search=False, calls=cost, failed_at=None)
                 if outcome == "well"
                 else replace(known[index], failed_at=now)
             )
@@ -140,8 +140,8 @@ def test_missing_regions_come_first_then_those_with_most_news() -> None:
 
 def test_a_first_search_costs_what_others_did_and_a_later_one_what_the_last_did() -> None:
     some = [
-        RegionState("N01E000", searched_at=NOW, is_first_search=True, calls=300),
-        RegionState("N02E000", searched_at=NOW, is_first_search=True, calls=500),
+        RegionState("N01E000", searched_at=NOW, is_whole_search=True, calls=300),
+        RegionState("N02E000", searched_at=NOW, is_whole_search=True, calls=500),
         RegionState("N03E000", searched_at=NOW, calls=17),
         RegionState("N04E000"),
     ]
