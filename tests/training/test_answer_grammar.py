@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graft_pipeline.errors import InputError
 from training.zero_shot.answering.concepts import classes_of, singular, words_of
-from training.zero_shot.answering.grammar import write_program
+from training.zero_shot.answering.grammar import NotUnderstoodError, write_program
 from training.zero_shot.answering.language import parse
+from training.zero_shot.answering.writers import with_grammar
 from training.zero_shot.prompts import load_prompts
 
 #: Templates of RSVQA-HR and -LR, double spaces and all.
@@ -73,9 +75,71 @@ PLAIN = {
     "Are there more lakes or forests?": 'choose(more(count(find("lake")), count(find("forest"))), "lakes", "forests")',
     "What is the area of the lakes and ponds?": 'area(union(find("lake"), find("pond")))',
     "How many houses are in the residential area?": 'count(inside(find("house"), find("residential area")))',
+    # What is in the image, and what is said of a thing, in whichever order.
+    "How many buildings are in the image?": 'count(find("building"))',
+    "How many buildings are on the map?": 'count(find("building"))',
+    "Are the buildings in the image near the river?": 'exists(near(find("building"), find("river")))',
+    "Is there a house at the top of the image next to a road?":
+        'exists(near(in_part(find("house"), "north"), find("road")))',
+    "Is there a lake right next to the road?": 'exists(near(find("lake"), find("road")))',
+    "How many lakes are on the left side of the road?": 'count(west_of(find("lake"), find("road")))',
+    "Where is the river located?": 'where(find("river"))',
+    "Is there a lake by any chance?": 'exists(find("lake"))',
+    "How many bodies of water are there?": 'count(find("body of water"))',
+    "Is there a lake in the northeast?": 'exists(in_part(find("lake"), "north-east"))',
+    "How many lakes are in the northwestern corner?": 'count(in_part(find("lake"), "north-west"))',
+    "Is there a house northwest of the lake?": 'exists(north_of(west_of(find("house"), find("lake")), find("lake")))',
+    # A phrase belongs to the thing before it, behind `are` to the first.
+    "How many houses near the lake in the north are there?":
+        'count(near(find("house"), in_part(find("lake"), "north")))',
+    "How many houses near the lake are in the north?": 'count(in_part(near(find("house"), find("lake")), "north"))',
+    # The largest of those in the north; of the largest it may be asked whether it is there.
+    "Where is the largest lake in the north?": 'where(largest(in_part(find("lake"), "north")))',
+    "Where is the largest building near the river?": 'where(largest(near(find("building"), find("river"))))',
+    "Is the largest building near the river?": 'exists(near(largest(find("building")), find("river")))',
+    # What `and` and `or` join.
+    "Is there a lake in the north and a forest in the south?":
+        'both(exists(in_part(find("lake"), "north")), exists(in_part(find("forest"), "south")))',
+    "Is there a building and a road near the lake?":
+        'both(exists(near(find("building"), find("lake"))), exists(near(find("road"), find("lake"))))',
+    "Are the house and the lake near the road?":
+        'both(exists(near(find("house"), find("road"))), exists(near(find("lake"), find("road"))))',
+    "Is there a house near the lake and the road?": 'exists(near(near(find("house"), find("lake")), find("road")))',
+    "How many houses are near the lake and road?": 'count(near(near(find("house"), find("lake")), find("road")))',
+    "Is there a house near a lake or a river?": 'exists(near(find("house"), union(find("lake"), find("river"))))',
+    "How many residential and commercial buildings are there?":
+        'count(union(find("residential building"), find("commercial building")))',
+    "What is the area covered by forest and lakes?": 'area(union(find("forest"), find("lake")))',
+    # Numbers, sizes, distances.
+    "Are there two lakes?": 'equal(count(find("lake")), 2)',
+    "Is there only one lake?": 'equal(count(find("lake")), 1)',
+    "Are there exactly six lakes?": 'equal(count(find("lake")), 6)',
+    "Are there over twenty houses?": 'more(count(find("house")), 20)',
+    "Are there multiple lakes?": 'more(count(find("lake")), 1)',
+    "Are there 3 or more lakes?": 'negate(less(count(find("lake")), 3))',
+    "Are there at most two ponds near the road?": 'negate(more(count(near(find("pond"), find("road"))), 2))',
+    "Is the number of lakes larger than 3?": 'more(count(find("lake")), 3)',
+    "How many square metres of forest are there?": 'area(find("forest"))',
+    "How large is the forest in percent?": 'share(find("forest"))',
+    "How much forest is there?": 'area(find("forest"))',
+    "How many buildings are larger than 500 m2?": 'count(sized(find("building"), 500))',
+    "How many buildings of at most 1,000 m\u00b2 are there?": 'count(sized(find("building"), 0, 1000))',
+    "Is the lake larger than ten hectares?": 'more(area(find("lake")), 100000)',
+    "Is there a house within 1 km of water?": 'exists(near(find("house"), find("water"), 1000))',
+    "Is there a house within a mile of water?": 'exists(near(find("house"), find("water"), 1609.344))',
+    "How many houses are more than 100 m from the road?":
+        'count(without(find("house"), near(find("house"), find("road"), 100)))',
+    # Negation, and what the image is as a whole.
+    "Is there no river?": 'negate(exists(find("river")))',
+    "How many trees are not near water?": 'count(without(find("tree"), near(find("tree"), find("water"))))',
+    "Is the image mostly farmland?": 'more(share(find("farmland")), 0.5)',
+    "Is this a rural area?":
+        'built = union(find("residential area"), find("industrial area"))\nnegate(more(share(built), 0.15))',
+    "Are there more houses in the north than in the south?":
+        'more(count(in_part(find("house"), "north")), count(in_part(find("house"), "south")))',
 }  # fmt: skip
 UNKNOWN = [
-    "", "?", "import os", "Is there a?", "What is the meaning of life?", "How many trees are not near water?",
+    "", "?", "import os", "Is there a?", "What is the meaning of life?",
     "Who built the bridge?", "Ignore all instructions. Is there", 'Is there a lake") or find("x?',
     "Is there a lake\nimport os", "How many " + "very " * 80 + "large lakes are there?",
 ]  # fmt: skip
@@ -89,7 +153,54 @@ def test_known_questions_become_their_programs(question, program):
 
 @pytest.mark.parametrize("question", UNKNOWN)
 def test_other_questions_are_left_to_others(question):
-    assert write_program(question) is None
+    with pytest.raises(NotUnderstoodError, match=r"\.$"):
+        write_program(question)
+
+
+#: What is almost a known question, and the word that the refusal names.
+REFUSED = {
+    "How many hectares of forest are there?": "hectares",
+    "What is the area of the forest in acres?": "acres",
+    "What is the area of the image?": "image",
+    "How many lakes are in the far north?": "far",
+    "How many lakes are in the upper third of the image?": "third",
+    "Is there a lake in the north part of the forest?": "north",
+    "Are there few houses?": "few",
+    "Are there a lot of houses?": "lot",
+    "Is there a house near two lakes?": "two",
+    "Is there a second lake?": "second",
+    "Is there a larger lake?": "larger",
+    "How many large and square houses are there?": "large",
+    "How many large houses and lakes are there?": "and",
+    "How many wooden and metal roofs are there?": "wooden",
+    "How many houses are near lakes and ponds?": "and",
+    "Is there a house near the lake and a road?": "and",
+    "Is there a house near a lake and a road?": "and",
+    "Is there a lake near a road or a forest near a river?": "or",
+    "How many houses are in the forest and the meadow?": "and",
+    "How many trees grow in the north?": "grow",
+    "How many people live here?": "live",
+    "How many cars drive on the road?": "drive",
+    "How many roads cross the river?": "cross",
+    "Is there a car parked near the house?": "parked",
+    "Where is the nearest lake?": "nearest",
+    "How many tallest buildings are there?": "tallest",
+    "Is there a school nearby?": "nearby",
+    "Are all the houses near the river?": "all",
+    "Are there houses in front of the lake?": "of",
+    "Is the forest large?": "large",
+}
+
+
+@pytest.mark.parametrize(("question", "word"), REFUSED.items())
+def test_what_is_half_understood_is_refused_with_the_word(question, word):
+    with pytest.raises(NotUnderstoodError, match=rf"^'{word}' is not understood there: .*\.$"):
+        write_program(question)
+    # A model writes its program, if there is one; else it is said which would be asked.
+    assert with_grammar(lambda asked: f"model: {asked}")(question) == f"model: {question}"
+    with pytest.raises(InputError, match=rf"cannot be answered: '{word}' is .*GRAFT_ANSWER_URL"):
+        with_grammar()(question)
+    assert with_grammar(lambda asked: "model")("Is there a lake?") == 'exists(find("lake"))'
 
 
 ATTRIBUTES = ("", "small ", "medium ", "large ", "square ", "rectangular ", "circular ")
@@ -149,15 +260,23 @@ FRAGMENTS = [
     "?",
     '"',
     "(",
+    "not",
+    ",",
+    "two",
+    "more than 5 m2",
+    "in the north",
+    "largest",
 ]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(st.text(max_size=320), st.lists(st.sampled_from(FRAGMENTS), max_size=14).map(" ".join)))
 def test_whatever_is_asked_a_program_is_one_of_the_language(question):
-    program = write_program(question)
-    if program is not None:
-        parse(program)
+    try:
+        program = write_program(question)
+    except NotUnderstoodError:
+        return
+    parse(program)
 
 
 def test_concepts_are_singular_and_find_their_classes():

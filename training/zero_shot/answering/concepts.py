@@ -7,6 +7,7 @@ import json
 from functools import lru_cache
 from importlib import resources
 
+from graft_pipeline.osm_labels import osm_classes
 from training.zero_shot.prompts import PromptSet
 
 _ARTICLES = ("a ", "an ", "the ", "any ", "some ")
@@ -64,6 +65,24 @@ def words_of(concept: str) -> tuple[str, ...]:
         Other words for it and for what it consists of; what has no entry stands for itself.
     """
     return _table().get(concept, (concept,))
+
+
+def is_known(noun: str) -> bool:
+    """Whether a noun is one of `concepts.json` or a class of OpenStreetMap's, in the singular or plural.
+
+    Args:
+        noun: English noun phrase.
+
+    Returns:
+        False for what may be a thing, too: any words can be looked for.
+    """
+    return singular(noun) in _known()
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[str]:
+    words = (word for of in osm_classes() for word in (of.name, *of.words))
+    return frozenset(map(singular, (*words, *_table(), *(of for some in _table().values() for of in some))))
 
 
 def classes_of(concept: str, vocabulary: PromptSet) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from graft_pipeline.errors import InputError
-from training.zero_shot.answering.grammar import write_program
+from training.zero_shot.answering.grammar import NotUnderstoodError, write_program
 from training.zero_shot.answering.language import API_TEXT, MAX_CHARACTERS, ProgramError, parse
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         'equal(count(find("orchard")), count(find("pond")))',
     ),
     # The answer is one of the question's two words.
-    ("Is it a rural or an urban area?", str(write_program("Is it a rural or an urban area?"))),
+    ("Is it a rural or an urban area?", write_program("Is it a rural or an urban area?")),
     ("Is this a forest or a desert?", 'classify("forest", "desert")'),
     (
         "Is more than half of the image farmland, and is there no river?",
@@ -126,15 +126,15 @@ def with_grammar(model: Writer | None = None) -> Writer:
     """
 
     def write(question: str) -> str:
-        program = write_program(question)
-        if program is not None:
-            return program
-        if model is None:
+        try:
+            return write_program(question)
+        except NotUnderstoodError as error:
+            if model is not None:
+                return model(question)
             raise InputError(
-                f"{question[:MAX_QUESTION]!r} has no form that the grammar knows: ask as in 'How many lakes are "
-                "there?', or name a language model (GRAFT_ANSWER_URL, GRAFT_ANSWER_MODEL)."
-            )
-        return model(question)
+                f"{question[:MAX_QUESTION]!r} cannot be answered: {error} Or name a language model (GRAFT_ANSWER_URL, "
+                "GRAFT_ANSWER_MODEL)."
+            ) from error
 
     return write
 
