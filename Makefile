@@ -8,6 +8,8 @@ export DAGSTER_DISABLE_TELEMETRY = yes
 
 BIN = .venv/bin
 READY = .venv/.ready
+# The demo's settings hold over what the shell exports for another deployment.
+WITH_DEMO = $(BIN)/dotenv -f $(DEMO)/settings.env run --override --
 
 .PHONY: help install demo ui serve test test-browser lint format audit docs bench clean
 
@@ -34,11 +36,11 @@ demo: $(READY)
 ui: $(READY)
 	@test -f $(DEMO)/settings.env || (echo "No demo here yet: run make demo first." && exit 2)
 	GRAFT_ENV_FILE=$(abspath $(DEMO))/settings.env DAGSTER_HOME=$(abspath $(DEMO))/dagster_home \
-		$(BIN)/dagster dev -w workspace.yaml
+		$(WITH_DEMO) $(BIN)/dagster dev -w workspace.yaml
 
 serve: $(READY)
 	@test -f $(DEMO)/settings.env || (echo "No demo here yet: run make demo first." && exit 2)
-	GRAFT_ENV_FILE=$(abspath $(DEMO))/settings.env $(BIN)/graft serve
+	GRAFT_ENV_FILE=$(abspath $(DEMO))/settings.env $(WITH_DEMO) $(BIN)/graft serve
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not browser" -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -6,6 +6,7 @@ It only presses the buttons a person would press in the UI, in order, and times 
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dotenv import dotenv_values
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +31,7 @@ from rich.progress import (
 
 from graft_pipeline import automation
 from graft_pipeline.errors import GraftError, InputError
+from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.progress import Report
 
 #: Land of the demo in every planet: 4 regions of a quarter degree, within one UTM zone.
@@ -133,7 +136,8 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     Raises:
         GraftError: if the folder holds something that no demo made, or cannot be made.
     """
-    environment = _lay_out(folder, seed, is_small=is_small)
+    environment = demo_environment(folder, seed, is_small=is_small)
+    _lay_out(folder, environment, is_new=True)
     east, north = AREA["east"], 42.25 if is_small else AREA["north"]
     # Half a region's border inside, so that the corners touch no other region.
     west, south, east, north = AREA["west"] + 0.01, AREA["south"] + 0.01, east - 0.01, north - 0.01
@@ -143,29 +147,51 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     return environment
 
 
-def _lay_out(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
-    """Make a deployment's folder anew: Dagster's home and the settings file, whose variables are returned."""
-    home = folder / "dagster_home"
+def _lay_out(folder: Path, environment: dict[str, str], *, is_new: bool) -> None:
+    """Make a deployment's folder, settings file first: by it the next start knows the folder, if this one fails.
+
+    Args:
+        folder: the folder.
+        environment: of the settings file, unless there is one that stays.
+        is_new: remove what an earlier demo made, settings included; else only add what is missing.
+
+    Raises:
+        GraftError: if the folder holds something that no demo made, or cannot be made.
+    """
+    settings, instance = folder / "settings.env", folder / "dagster_home" / "dagster.yaml"
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / "settings.env").exists():
-                raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
-            shutil.rmtree(folder)
-        home.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        # What a killed write of the settings left is ours as well.
+        others = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(settings.name)]
+        if others and not settings.exists():
+            raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
+        for path in others if is_new else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if is_new or not settings.exists():
+            text = "".join(f"{name}={_quoted(value)}\n" for name, value in environment.items())
+            write_bytes_atomic(settings, text.encode())
+        if not instance.exists():
+            write_bytes_atomic(instance, Path(__file__).with_name("dagster.yaml").read_bytes())
     except OSError as error:
         raise GraftError(
             f"{folder} cannot hold a demo ({error.strerror}): choose another --folder."
         ) from error
-    source = Path(__file__).parents[1] / "dagster.yaml"
-    shutil.copyfile(source, home / "dagster.yaml")
-    environment = demo_environment(folder, seed, is_small=is_small)
-    (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
-    return environment
+
+
+def _quoted(value: str) -> str:
+    """A value as env files spell it."""
+    if re.fullmatch(r"[\w/.,:\[\] -]*", value):
+        return value
+    escaped = value.replace("\\", r"\\").replace("'", r"\'")
+    return f"'{escaped}'"
 
 
 def _enter(folder: Path) -> None:
     """Make this process one of the deployment in a folder; its log lines go to the instance only."""
-    os.environ["GRAFT_ENV_FILE"] = str(folder.resolve() / "settings.env")
+    settings = folder.resolve() / "settings.env"
+    os.environ["GRAFT_ENV_FILE"] = str(settings)
+    # Over what the shell exports: another deployment's root must not get this one's photos.
+    os.environ.update({name: value for name, value in dotenv_values(settings).items() if value is not None})
     os.environ["DAGSTER_HOME"] = str(folder.resolve() / "dagster_home")
     # As the Makefile says, for those who call graft themselves; torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -235,8 +261,7 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
         What `scores.json` holds.
     """
     console = Console()
-    environment = prepare(folder, seed, is_small=is_small)
-    os.environ.update(environment)
+    prepare(folder, seed, is_small=is_small)
     _enter(folder)
 
     from graft_pipeline import areas
@@ -325,17 +350,19 @@ def collect_area(
         GraftError: if the folder holds something that no demo made, or whatever stopped a step.
     """
     from graft_pipeline import areas, schemas
+
+    console = Console()
+    area = areas.read_area(file, name=name, where=where)
+    _lay_out(folder, demo_environment(folder, seed, is_small=False), is_new=False)
+    _enter(folder)
+
+    # The definitions read the settings as they are imported.
     from graft_pipeline.definitions import build_defs
     from graft_pipeline.regions import regions_touching
     from graft_pipeline.settings import load_settings
     from resources.storage import Storage
     from resources.world import open_world
 
-    console = Console()
-    area = areas.read_area(file, name=name, where=where)
-    if not (folder / "settings.env").exists():
-        _lay_out(folder, seed, is_small=False)
-    _enter(folder)
     settings = load_settings()
     storage, sensors = Storage(settings.root), list(settings.sensor_records)
     keys = [region.key for region in regions_touching(area.geometry, settings.grid_deg)]

@@ -145,6 +145,33 @@ def test_an_area_that_cannot_be_collected_here_is_a_message_and_leaves_nothing(t
     assert not (tmp_path / "other").exists()
 
 
+def test_a_folder_holds_over_what_is_exported_and_after_a_start_that_failed(tmp_path: Path) -> None:
+    """The area is too large at the folder's grid, and nothing of what is exported is looked at or written."""
+    file, folder = tmp_path / "area.geojson", tmp_path / "Anna's #1 demo"
+    ring = [[0.0, 0.0], [5.0, 0.0], [5.0, 5.0], [0.0, 5.0], [0.0, 0.0]]
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    home, kept = folder / "dagster_home", folder / "data" / "kept.txt"
+    exported = {
+        "GRAFT_ROOT": str(tmp_path / "production"),
+        "GRAFT_GRID_DEG": "0.7",
+        "GRAFT_WORLD": "production",
+    }
+    for _ in range(2):
+        done = graft("collect", str(file), "--folder", str(folder), **exported)
+        assert "400 regions" in done.stderr, done.stderr
+        assert (home / "dagster.yaml").exists()
+        assert not kept.exists() or kept.read_text() == "x"
+        # As a start leaves it that ends between the two files, in a folder that is used already.
+        (home / "dagster.yaml").unlink()
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("x")
+    assert kept.exists()
+    status = graft("status", GRAFT_ENV_FILE=str(folder / "settings.env"))
+    assert status.returncode == 0, status.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, folder.name}
+    assert {path.name for path in folder.iterdir()} == {"settings.env", "dagster_home", "data"}
+
+
 def test_without_an_area_the_list_says_how_to_add_one(tmp_path: Path) -> None:
     listed = graft("areas", "list", root=tmp_path)
     assert listed.returncode == 0
