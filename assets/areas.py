@@ -6,7 +6,15 @@ Areas are registered with `graft areas add`; what a region is, is in graft_pipel
 import dagster as dg
 
 from assets.keys import AREAS_KEY
-from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
+from assets.reporting import (
+    OWNERS,
+    RETRY,
+    check_specs,
+    measured,
+    only_transient_retries,
+    report_table,
+    table_metadata,
+)
 from graft_pipeline import areas, previews, schemas
 from graft_pipeline import regions as grid
 from graft_pipeline.errors import InputError
@@ -24,7 +32,9 @@ from resources.storage import Storage
     kinds={"parquet"},
     metadata=table_metadata(schemas.REGIONS),
     check_specs=check_specs(["regions"], partitioned=False),
+    retry_policy=RETRY,
 )
+@only_transient_retries
 @measured
 def regions(
     context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]

@@ -13,12 +13,14 @@ from assets.launching import Trained, Training, launch
 from assets.reporting import (
     LINEAGE,
     OWNERS,
+    RETRY,
     SCHEMA,
     TYPICAL,
     check_specs,
     column_lineage,
     fields_schema,
     measured,
+    only_transient_retries,
     report_table,
     shown,
     table_metadata,
@@ -59,16 +61,19 @@ def local_model(folder):
     return load_clip(f"local-dir:{folder}")
 
 
-def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
+def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefinition]:
     """The learning assets of one sensor.
 
     Args:
         sensor: the sensor's record.
+        settings: of the deployment; they tell where encoders train.
 
     Returns:
         `training_set`, `image_encoder`, `pixel_encoder`, `chip_embeddings`.
     """
     options = {"key_prefix": sensor.name, "group_name": sensor.name, "owners": OWNERS}
+    # A pod trains on a GPU of its own: steps that embed do not wait for it.
+    pool = "training" if settings.training_launcher == "kubernetes" else "gpu"
 
     @dg.asset(
         **options,
@@ -80,7 +85,9 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         kinds={"parquet", "numpy"},
         metadata=table_metadata(schemas.TRAINING_PAIRS, sensor),
         check_specs=check_specs([sensor.name, "training_set"], "split_disjointness", partitioned=False),
+        retry_policy=RETRY,
     )
+    @only_transient_retries
     @measured
     def training_set(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Snapshot of all regions' pairs with their splits and embeddings, named by its content's fingerprint."""
@@ -122,7 +129,7 @@ def build_learning_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             },
             description=description,
             kinds={"pytorch"},
-            pool="gpu",
+            pool=pool,
         )
         @measured
         def encoder(

@@ -34,7 +34,8 @@ SCORES = ("benchmark", "zero_shot_scores", "segmentation_scores", "questions", "
 
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
-#: A region takes minutes. What has been at it for so long has died with its code server, and makes way in the queue.
+#: All but training takes minutes. What has been at it for so long has died with its code server, and makes way in the
+#: queue. Trainings have the limit of the instance (dagster.yaml), two weeks.
 MAX_RUNTIME = {MAX_RUNTIME_SECONDS_TAG: str(12 * 3600)}
 
 
@@ -66,16 +67,16 @@ def build_jobs(
     """
     names = list(sensors)
     select = dg.AssetSelection.assets
-    job = functools.partial(dg.define_asset_job, owners=OWNERS)
+    of_learning = functools.partial(dg.define_asset_job, owners=OWNERS)
+    job = functools.partial(of_learning, tags=MAX_RUNTIME)
     jobs = [
         job("register_regions", select("regions"), description="Areas to region partitions."),
         job(
             "collect_region",
             select(*region_keys(names)),
             description="One region from Flickr search to the pair manifests of every sensor.",
-            tags=MAX_RUNTIME,
         ),
-        job(
+        of_learning(
             "learn",
             select(*keys_of(names, LEARNING)),
             description="Training sets of all regions, and the satellite encoders.",
@@ -114,7 +115,7 @@ def build_jobs(
                 select(*keys_of(names, SCORES)),
                 description="Zero-shot scores on ground that no training tile touches.",
             ),
-            job(
+            of_learning(
                 "ablate",
                 select(*keys_of(names, ["ablations"])),
                 description="The paper's ablations of every sensor: variants trained with several seeds, a table.",
@@ -266,7 +267,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         default_status=dg.DefaultSensorStatus.STOPPED,
         # An evaluation at 20,000 regions takes Dagster some 20 seconds of CPU (benchmarks/partitions.py).
         minimum_interval_seconds=300,
-        run_tags=IN_BACKGROUND,
+        run_tags=IN_BACKGROUND | MAX_RUNTIME,
         description="Makes anew what lies downstream of data that has changed; of data made again the same, nothing.",
     )
     return [register_new_areas, train_on_change, carry_changes]

@@ -80,16 +80,18 @@ def on_changed_data(name: str, nearest: dg.AssetSelection) -> dg.AutomationCondi
     """
     condition = dg.AutomationCondition
     changed = condition.any_deps_match(condition.data_version_changed()).allow(nearest)
+    # What changes between a request and the next evaluation comes with the request, which must not cover it.
+    requested = condition.newly_requested()
     if name in OF_ALL_REGIONS:
         # Some region is always in progress somewhere: not at rest, but once an hour.
         return (
-            changed.since(condition.newly_requested())
+            changed.since(requested & ~changed)
             & condition.cron_tick_passed("0 * * * *")
             & ~condition.in_progress()
         ).with_label("on_changed_data_hourly")
     follows = condition.any_deps_match(condition.data_version_changed() | condition.will_be_requested())
     # Within a region's own run assets follow their inputs already.
-    handled = condition.newly_requested() | condition.newly_updated()
+    handled = requested | condition.newly_updated()
     if name == "ground_embeddings" or not name.endswith("_embeddings"):
         return (follows.allow(nearest).since(handled) & ~condition.in_progress()).with_label(
             "on_changed_data"
@@ -99,7 +101,7 @@ def on_changed_data(name: str, nearest: dg.AssetSelection) -> dg.AutomationCondi
     encoder = dg.AssetSelection.key_substring("image_encoder")
     replaced = condition.any_deps_match(condition.data_version_changed()).allow(encoder & nearest)
     return (
-        (follows.allow(nearest - encoder).since(handled) | replaced.since(condition.newly_requested()))
+        (follows.allow(nearest - encoder).since(handled) | replaced.since(requested & ~replaced))
         & ~condition.any_deps_missing().allow(nearest)
         & ~condition.any_deps_in_progress().allow(nearest)
         & ~condition.in_progress()

@@ -135,7 +135,7 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
         *build_external_assets(settings),
     ]
     for sensor in sensors:
-        assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor)]
+        assets += [*build_sensor_assets(sensor, settings.imagery), *build_learning_assets(sensor, settings)]
         assets += [
             *build_grid_assets(sensor, settings),
             *build_search_assets(sensor, settings),

@@ -256,7 +256,7 @@ class Settings(BaseSettings):
     #: How long a search is good for: the schedule leaves the region alone meanwhile.
     schedule_fresh_days: float = Field(7.0, gt=0)
     #: The least time between two training sets, and between two trainings of an encoder, by `train_on_change`.
-    training_min_interval_hours: float = Field(24.0, ge=0)
+    training_min_interval_hours: float = Field(24.0, gt=0)
 
     # --- search page ---
     #: What `graft serve` draws its map on: an XYZ URL such as `https://maps.example.org/{z}/{x}/{y}.png`, whose terms

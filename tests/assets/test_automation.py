@@ -149,7 +149,7 @@ def test_areas_in_a_bucket_are_noticed_too(deploy: Deploy, s3_root: str) -> None
 def test_training_follows_pairs_and_training_sets_that_changed(
     deploy: Deploy,
 ) -> None:
-    deployment = deploy(sensors=NAIP, training_min_interval_hours="0")
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1e-9")
     deployment.instance.add_dynamic_partitions("region", [REGION])
 
     def wanted(cursor: str | None) -> tuple[list[list[str]], str]:
@@ -246,6 +246,33 @@ def test_a_new_encoder_is_carried_to_every_regions_embeddings(deploy: Deploy) ->
     found = dg.evaluate_automation_conditions(deployment.definitions, deployment.instance, cursor=cursor)
     assert found.get_requested_partitions(dg.AssetKey(["naip", "chip_embeddings"])) == regions
     assert found.total_requested == 2
+
+
+def test_an_index_that_changes_just_after_maps_were_requested_is_mapped_an_hour_later(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP)
+    index, maps, cursor = "naip/search_index", dg.AssetKey(["naip", "concept_maps"]), None
+
+    def is_wanted(hour: int, minute: int) -> bool:
+        nonlocal cursor
+        made = dg.evaluate_automation_conditions(
+            deployment.definitions,
+            deployment.instance,
+            cursor=cursor,
+            evaluation_time=datetime(2026, 1, 5, hour, minute, tzinfo=UTC),
+        )
+        cursor = made.cursor
+        return made.get_num_requested(maps) > 0
+
+    report(deployment, index, version="1")
+    assert not is_wanted(9, 30)
+    report(deployment, index, version="2")
+    assert not is_wanted(9, 35)
+    assert is_wanted(10, 1)
+    report(deployment, index, version="3")
+    assert not is_wanted(10, 6)
+    assert is_wanted(11, 1)
+    assert not is_wanted(11, 6)
+    assert not is_wanted(12, 1)
 
 
 def test_a_backfill_from_the_command_line_is_requested_once(

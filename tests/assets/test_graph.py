@@ -100,3 +100,13 @@ def test_only_rules_that_warn_do_not_block(graph: Any) -> None:
     names = {key.name: graph.get(key).blocking for key in graph.asset_check_keys}
     assert {name for name, blocking in names.items() if not blocking} - rules.WARNINGS <= {"no_score_dropped"}
     assert not any(names[name] for name in rules.WARNINGS)
+
+
+@pytest.mark.parametrize("launcher", ["subprocess", "kubernetes"])
+def test_only_what_trains_on_this_machine_keeps_its_gpu(launcher: str) -> None:
+    pod = {"training_launcher": launcher, "kubernetes": {"image": "graft"}}
+    graph = build_defs(Settings(_env_file=None, **pod)).resolve_asset_graph()
+    names = ("naip/pixel_encoder", "ground_embeddings")
+    pools = {name: graph.get(dg.AssetKey(name.split("/"))).pools for name in names}
+    assert pools["ground_embeddings"] == {"gpu"}
+    assert pools["naip/pixel_encoder"] == ({"gpu"} if launcher == "subprocess" else {"training"})
