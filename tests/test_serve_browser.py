@@ -142,6 +142,12 @@ def test_a_drawn_box_narrows_map_list_and_file(page: Any) -> None:
     page.reload()
     page.locator("#status").get_by_text(re.compile("The best of .* in the box")).wait_for()
     assert page.locator("#hits").inner_text() == told
+    # One without a box is searched everywhere, not in the box before.
+    page.evaluate("location.hash = '#words=a+lake&contrast=1.5'")
+    until(page, f"parseInt(document.querySelector('#hits').textContent.replaceAll(',', '')) === {everywhere}")
+    assert page.locator("#box").is_hidden()
+    page.go_back()
+    page.locator("#status").get_by_text(re.compile("The best of .* in the box")).wait_for()
     page.locator("#clear-box").click()
     # The status says at once what is asked for; the answer comes a moment later.
     until(page, f"parseInt(document.querySelector('#hits').textContent.replaceAll(',', '')) === {everywhere}")
@@ -179,6 +185,20 @@ def test_a_tile_of_the_map_opens_with_its_photos(page: Any) -> None:
     shot(page, "serve_tile")
     page.keyboard.press("Escape")
     page.locator("#list .card").first.wait_for()
+
+
+def test_while_it_searches_the_map_answers_nothing(page: Any) -> None:
+    page.evaluate(
+        """() => {
+          const d = state.density, k = d.contrast.indexOf(Math.max(...d.contrast));
+          const latlng = L.latLng(d.lat[k], d.lon[k]);
+          const event = { latlng, containerPoint: map.latLngToContainerPoint(latlng) };
+          run();
+          for (const name of ["mousemove", "click", "moveend"]) map.fire(name, event);
+        }"""
+    )
+    page.locator("#status").get_by_text("The best of").wait_for()
+    assert page.locator("#detail").is_hidden()
 
 
 def test_the_keyboard_is_enough(page: Any) -> None:

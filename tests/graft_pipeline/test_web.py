@@ -617,6 +617,38 @@ def test_what_people_write_is_shown_as_text_and_photos_are_links(
         assert not [asked for asked in requests_made if not asked.startswith((url, "data:"))]
 
 
+@pytest.mark.browser
+def test_cells_obey_keys_wherever_the_map_is_and_make_way_for_a_tile(
+    made: SimpleNamespace, chromium: Any
+) -> None:
+    page = chromium.new_page(viewport={"width": 1200, "height": 800})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(made.planet)
+    page.locator("#words").fill("lake")
+    page.keyboard.press("Enter")
+    page.locator("#status").get_by_text("The best of").wait_for()
+    slider, threshold = page.locator("#contrast"), page.locator("#threshold")
+    slider.focus()
+    for key, value in (("ArrowRight", 1.25), ("ArrowRight", 1.5), ("ArrowLeft", 1.25)):
+        page.keyboard.press(key)
+        assert float(slider.input_value()) == value
+    # Beyond 180 degrees there is no box of what is shown.
+    with page.expect_response(re.compile("/api/density")):
+        page.evaluate("map.setView([42.5, 290], 6, { animate: false })")
+    assert page.locator("#status").get_attribute("class") != "trouble"
+    # Opening a tile moves the map near enough to see tiles one by one, of which the panel is told as well.
+    page.locator(".chip-button").first.click()
+    eventually(lambda: page.evaluate("state.density.kind") == "tiles")
+    assert page.locator("#detail").is_visible()
+    assert threshold.is_hidden()
+    page.keyboard.press("Escape")
+    assert threshold.is_visible()
+    page.close()
+    assert not complaints
+
+
 def test_a_base_map_needs_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in (
         "https://maps.example.org/tiles.png",

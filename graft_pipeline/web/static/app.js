@@ -9,7 +9,9 @@ const EXAMPLES = ["farmland", "a lake", "a baseball field", "a residential area"
 const PAGE = 24, MOST = 500;
 
 const state = {
-  about: null, query: null, box: null, density: null, shownTop: PAGE, selected: null, before: null, running: null,
+  about: null, query: null, box: null, density: null, shownTop: PAGE, selected: null, before: null,
+  // What can be aborted: a search, and the newest request for what the map draws.
+  running: null, loading: null,
 };
 
 // --- small helpers ---
@@ -35,8 +37,10 @@ function svg(tag, attributes, ...children) {
 
 const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`;
-const place = (lat, lon) =>
-  `${Math.abs(lat).toFixed(4)}° ${lat < 0 ? "S" : "N"}, ${Math.abs(lon).toFixed(4)}° ${lon < 0 ? "W" : "E"}`;
+const place = (lat, anyLon) => {
+  const lon = L.Util.wrapNum(anyLon, [-180, 180], true);
+  return `${Math.abs(lat).toFixed(4)}° ${lat < 0 ? "S" : "N"}, ${Math.abs(lon).toFixed(4)}° ${lon < 0 ? "W" : "E"}`;
+};
 
 /** The colour of a share of the ramp, 0 to 1. */
 function colour(share) {
@@ -62,6 +66,7 @@ async function ask(path, signal) {
     throw new Refused("The server does not answer: is `graft serve` still running?");
   }
   const content = await answer.json().catch(() => ({}));
+  signal?.throwIfAborted();
   if (!answer.ok) throw new Refused(content.error || `The server answered with status ${answer.status}.`);
   return content;
 }
@@ -258,7 +263,7 @@ map.on("moveend", () => {
   // Only where the answer does not hold every tile does another view need another answer.
   if (!state.density || state.density.isWhole) return;
   clearTimeout(waiting);
-  waiting = setTimeout(() => loadDensity(state.running?.signal).catch(fail), 250);
+  waiting = setTimeout(() => loadDensity().catch(fail), 250);
 });
 
 // --- threshold ---
@@ -331,6 +336,15 @@ function showThreshold() {
   }
 }
 
+$("contrast").addEventListener("keydown", (event) => {
+  const steps = { ArrowRight: 1, ArrowUp: 1, PageUp: 2, ArrowLeft: -1, ArrowDown: -1, PageDown: -2 }[event.key];
+  if (!steps || state.density?.kind !== "cells") return;
+  // Only some thresholds were counted: less than a whole step would be taken back.
+  event.preventDefault();
+  const levels = state.density.thresholds, level = thresholdLevel() + steps;
+  $("contrast").value = levels[Math.min(Math.max(level, 0), levels.length - 1)];
+  $("contrast").dispatchEvent(new Event("input"));
+});
 $("contrast").addEventListener("input", () => {
   if (!state.density) return;
   showThreshold();
@@ -420,9 +434,14 @@ function remember() {
   history.replaceState(null, "", `#${parameters}`);
 }
 
-async function loadDensity(signal) {
+/** Ask what the map draws; only the newest answer is taken. */
+async function loadDensity() {
+  state.loading?.abort();
+  const { signal } = (state.loading = new AbortController());
   const parameters = queryParameters(), old = state.density;
-  if (old && !old.isWhole) parameters.set("view", boxText(boxOf(map.getBounds().pad(0.3))));
+  // None where the map was moved beyond the globe.
+  const view = old && !old.isWhole ? boxOf(map.getBounds().pad(0.3)) : null;
+  if (view) parameters.set("view", boxText(view));
   const data = await ask(`api/density?${parameters}`, signal);
   data.isWhole = data.kind === "tiles" && data.shown === data.admitted;
   state.density = data;
@@ -431,9 +450,19 @@ async function loadDensity(signal) {
   if (state.wanted !== undefined) slider.value = state.wanted;
   delete state.wanted;
   density.show(data);
-  $("threshold").hidden = $("legend").hidden = data.admitted === 0;
+  $("legend").hidden = data.admitted === 0;
+  $("threshold").hidden = data.admitted === 0 || !$("detail").hidden;
   if (data.admitted) showThreshold();
   return data;
+}
+
+/** Draw nothing, and ask for no other view of it. */
+function clearDensity() {
+  clearTimeout(waiting);
+  state.loading?.abort();
+  state.density = null;
+  density.show(null);
+  tooltip.remove();
 }
 
 async function run() {
@@ -441,13 +470,13 @@ async function run() {
   state.running = new AbortController();
   const { signal } = state.running;
   closeDetail(false);
-  $("intro").hidden = true;
-  state.density = null;
+  $("intro").hidden = $("more").hidden = true;
+  clearDensity();
   state.shownTop = PAGE;
   say(`Searching for “${state.query}” …`, "busy");
   try {
     const [found, data] = await Promise.all([
-      ask(`api/search?${queryParameters()}&top=${PAGE}`, signal), loadDensity(signal),
+      ask(`api/search?${queryParameters()}&top=${PAGE}`, signal), loadDensity(),
     ]);
     list(found.results);
     remember();
@@ -464,7 +493,7 @@ async function run() {
     if (error.name !== "AbortError") {
       $("list").replaceChildren();
       $("more").hidden = $("threshold").hidden = $("legend").hidden = true;
-      density.show(null);
+      clearDensity();
     }
     fail(error);
   }
@@ -713,7 +742,9 @@ async function start() {
     }
   }
   showRegions(regions);
-  const around = regions.map(({ tile_bounds: [west, south, east, north] }) => L.latLngBounds([south, west], [north, east]));
+  // A region without a tile lies nowhere.
+  const around = regions.filter(({ tiles }) => tiles)
+    .map(({ tile_bounds: [west, south, east, north] }) => L.latLngBounds([south, west], [north, east]));
   if (around.length) map.fitBounds(around.reduce((all, one) => all.extend(one)), { padding: [24, 24] });
   else map.setView([20, 0], 3);
   density.addTo(map);
@@ -751,7 +782,7 @@ function restore() {
   if (!words) return;
   for (const name of ["since", "until"]) $(name).value = parameters.get(name) || "";
   const box = (parameters.get("box") || "").split(",").map(Number);
-  if (box.length === 4 && box.every(Number.isFinite)) setBox(box, false);
+  setBox(box.length === 4 && box.every(Number.isFinite) ? box : null, false);
   if (parameters.has("contrast")) state.wanted = Number(parameters.get("contrast"));
   $("words").value = state.query = words;
   run();
