@@ -227,3 +227,72 @@ def test_pieces_of_one_outline_are_one_object():
     assert len(found) == 2
     made = refined(found, pixels, scores, by_colour, 12, tick)
     assert [(of.top, of.left, of.bottom, of.right) for of in made] == [(10, 10, 30, 70)]
+
+
+def test_masks_of_small_parts_do_not_replace_what_they_are_parts_of():
+    """Crowns of trees stand in a forest; it is the forest that was asked for."""
+    pixels = np.zeros((180, 180, 3), np.uint8)
+    pixels[10:170, 10:170] = (0, 90, 0)
+    crowns = np.random.default_rng(3)
+    for row in range(14, 160, 8):
+        for column in range(14, 160, 8):
+            pixels[row : row + 5, column : column + 5] = (0, *crowns.integers(100, 255, 2))
+    scores = np.zeros((180, 180), np.float32)
+    scores[10:170, 10:170] = 0.6
+    for row in range(14, 160, 8):
+        scores[row : row + 5, 14:160] = 0.9
+
+    def of_crowns(pixels, points):
+        masks = by_colour(pixels, points)
+        ground = (pixels == (0, 90, 0)).all(axis=-1)
+        # On the ground between crowns, the point itself: no mask is the forest's.
+        return np.stack([
+            mask if not (mask & ground).any() else np.zeros_like(mask) for mask in masks
+        ])  # fmt: skip
+
+    (forest,) = components(scores, "forest", **OPTIONS)
+    (made,) = refined([forest], pixels, scores, of_crowns, 8, tick)
+    assert made.pixels == 160 * 160
+
+
+@pytest.mark.parametrize("missing", [0, 9])
+def test_a_large_object_of_many_is_told_apart_with_all_of_its_area(missing):
+    """Sixty-four fields that touch; where the segmenter shows nothing, what is left stays."""
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    for number in range(64):
+        row, column = 20 + 20 * (number // 8), 20 + 20 * (number % 8)
+        pixels[row : row + 20, column : column + 20] = (number + 1, 255 - number, 90)
+    scores = np.zeros((200, 200), np.float32)
+    scores[20:180, 20:180] = 0.8
+
+    def some(pixels, points):
+        masks = by_colour(pixels, points)
+        for mask, (x, y) in zip(masks, points, strict=True):
+            mask &= pixels[int(y), int(x), 0] > missing
+        return masks
+
+    found = components(scores, "field", **OPTIONS)
+    assert len(found) == 1
+    made = refined(found, pixels, scores, some, 10, tick)
+    # The first nine: a row of eight and one below it, in one piece.
+    assert len(made) == 64 - missing + (missing > 0)
+    # But for rounded corners of what is left.
+    assert 0 <= 160 * 160 - sum(of.pixels for of in made) < 100
+    assert sorted(of.pixels for of in made)[:-1] == [400] * (len(made) - 1)
+
+
+def test_a_part_of_what_is_shown_is_no_other_object():
+    pixels = np.zeros((60, 60, 3), np.uint8)
+    pixels[10:50, 10:50], pixels[20:26, 20:26] = (200, 0, 0), (90, 90, 90)
+    scores = np.zeros((60, 60), np.float32)
+    scores[10:50, 10:50], scores[20:26, 20:26] = 0.7, 0.9
+
+    def roof_and_chimney(pixels, points):
+        masks = by_colour(pixels, points)
+        roof = pixels.any(axis=-1)
+        return np.stack([roof if (pixels[int(y), int(x)] == (200, 0, 0)).all() else mask
+                         for mask, (x, y) in zip(masks, points, strict=True)])  # fmt: skip
+
+    found = components(scores, "house", **OPTIONS)
+    (house,) = refined(found, pixels, scores, roof_and_chimney, 8, tick)
+    assert house.pixels == 1600

@@ -5,7 +5,7 @@ What programs do with the objects is in interpreter.py; SAM, which may refine th
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- PyTorch's own idiom
 from numpy.typing import NDArray
 from PIL import Image as Picture
-from scipy.ndimage import distance_transform_edt, find_objects, label, maximum_filter
+from scipy.ndimage import distance_transform_edt, find_objects, label
 
 from graft_pipeline.errors import InputError
 from training.encoders import CROP_PX, Clip, check_patch_tower, encode_texts
@@ -32,12 +32,13 @@ Masks = Callable[[NDArray[np.uint8], NDArray[np.float64]], NDArray[np.bool_]]
 _ROUNDS = 30
 #: Pixels touch diagonally too.
 _NEIGHBOURS = np.ones((3, 3), np.bool_)
-#: A mask of SAM replaces an object if it shows this share of it and is at most so many times as large.
+#: A mask of SAM is of an object if it shows this share of it and is at most so many times as large, or if this share
+#: of the mask is in the object. Masks replace an object that they show this share of together.
 _MASK_SHARE, _MASK_TIMES = 0.5, 4.0
 #: Masks that have this share in common (intersection over union) are of one object.
 _SAME_SHARE = 0.5
-#: Points of one object that SAM is asked about, at most.
-_POINTS = 16
+#: Points of one object that SAM is asked about, at most: a point for every patch of an object that has fewer.
+_POINTS = 256
 #: Pixels of masks that are held at once, about.
 _MASK_PIXELS = 1 << 28
 
@@ -330,13 +331,13 @@ def refined(
         tick: called between batches.
 
     Returns:
-        The objects that the masks show, each once; an object none of whose masks fits, as it was.
+        The objects that the masks show, each once, and what is left of an object that is as thick as `apart_px`. An
+        object of which the masks show less than half stays as it was: crowns are no forest.
     """
     points = [_peaks(of, probability, apart_px) for of in found]
     owners = np.repeat(np.arange(len(found)), [len(some) for some in points])
     places = np.concatenate(points)[:, ::-1] + 0.5
     fitting: list[list[Detected]] = [[] for _ in found]
-    is_shown = [False] * len(found)
     # Few calls: each of them encodes the image anew.
     batch = max(1, _MASK_PIXELS // probability.size)
     for start in range(0, len(places), batch):
@@ -345,15 +346,55 @@ def refined(
         for mask, owner in zip(some, owners[start : start + batch], strict=True):
             of = found[owner]
             if mask.any() and _fits(outlined := Detected.of_mask(of.concept, mask, of.score), of):
-                # Pieces of one thing have one mask.
-                if not any(_is_same(outlined, other) for others in fitting for other in others):
-                    fitting[owner].append(outlined)
-                is_shown[owner] = True
-    return [
-        of
-        for own, others, is_replaced in zip(found, fitting, is_shown, strict=True)
-        for of in (others if is_replaced else [own])
-    ]
+                fitting[owner].append(outlined)
+    made: list[Detected] = []
+    for of, fits in zip(found, fitting, strict=True):
+        tick()
+        parts = _without_parts(fits)
+        shown = np.zeros_like(of.mask)
+        for part in parts:
+            _paint_within(part, of, shown)
+        if (shown & of.mask).sum() < _MASK_SHARE * of.pixels:
+            made.append(of)
+            continue
+        # Pieces of one thing have one mask.
+        made += [part for part in parts if not any(_is_same(part, other) for other in made)]
+        made += _thick(of, of.mask & ~shown, apart_px)
+    return made
+
+
+def _without_parts(masks: Sequence[Detected]) -> list[Detected]:
+    """Masks of one object without those that mostly lie in a larger one: a chimney is no house."""
+    kept: list[Detected] = []
+    for mask in sorted(masks, key=lambda of: -of.pixels):
+        if all(mask.overlap_px(larger) < _MASK_SHARE * mask.pixels for larger in kept):
+            kept.append(mask)
+    return kept
+
+
+def _paint_within(mask: Detected, of: Detected, canvas: NDArray[np.bool_]) -> None:
+    """Set a mask's pixels on a canvas of an object's box."""
+    top, left = max(mask.top, of.top), max(mask.left, of.left)
+    bottom, right = min(mask.bottom, of.bottom), min(mask.right, of.right)
+    if top < bottom and left < right:
+        canvas[top - of.top : bottom - of.top, left - of.left : right - of.left] |= mask.mask[
+            top - mask.top : bottom - mask.top, left - mask.left : right - mask.left
+        ]
+
+
+def _thick(of: Detected, rest: NDArray[np.bool_], least_px: float) -> list[Detected]:
+    """Connected pieces of the rest of an object, without what is thinner than some pixels, such as a blurred rim."""
+    padded = np.pad(rest, 1)
+    inner = distance_transform_edt(padded) > least_px / 2
+    if not inner.any():
+        return []
+    opened = (padded & (distance_transform_edt(~inner) <= least_px / 2))[1:-1, 1:-1]
+    labels, count = label(opened, _NEIGHBOURS)
+    pieces = []
+    for number in range(1, count + 1):
+        piece = Detected.of_mask(of.concept, labels == number, of.score)
+        pieces.append(replace(piece, top=piece.top + of.top, left=piece.left + of.left))
+    return pieces
 
 
 def _fits(mask: Detected, of: Detected) -> bool:
@@ -370,11 +411,17 @@ def _is_same(mask: Detected, other: Detected) -> bool:
 
 
 def _peaks(of: Detected, probability: NDArray[np.float32], apart_px: float) -> NDArray[np.float64]:
-    """(P, 2) float64 rows and columns of an object's highest pixels, best first; at least one."""
+    """(P, 2) float64 rows and columns of an object's highest pixels, best first, all over it; at least one."""
     inside = np.where(of.mask, probability[of.top : of.bottom, of.left : of.right], 0)
     # Inner pixels first, where the map is flat.
     inside = inside + 1e-3 * distance_transform_edt(np.pad(of.mask, 1))[1:-1, 1:-1] / max(of.mask.shape)
-    highest = maximum_filter(inside, size=max(3, 2 * round(apart_px / 2) + 1))
-    places = np.argwhere((inside == highest) & of.mask)
-    order = np.argsort(-inside[tuple(places.T)], kind="stable")[:_POINTS]
-    return (places[order] + np.array([of.top, of.left])).astype(np.float64)
+    inside[~of.mask] = -1
+    reach = max(1, round(apart_px))
+    places: list[tuple[float, float]] = []
+    while len(places) < _POINTS:
+        row, column = np.unravel_index(int(inside.argmax()), inside.shape)
+        if inside[row, column] < 0:
+            break
+        places.append((of.top + float(row), of.left + float(column)))
+        inside[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = -1
+    return np.array(places)
