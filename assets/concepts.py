@@ -8,6 +8,7 @@ from functools import partial
 
 import dagster as dg
 import numpy as np
+import pyarrow.compute as pc
 import shapely
 
 from assets.keys import FOUNDATION_KEY, PLANET_TRUTH_KEY
@@ -16,6 +17,7 @@ from assets.planet import scores_result
 from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
 from graft_pipeline import chips, concept_maps, embeddings, grid, map_files, previews, schemas
 from graft_pipeline.concept_maps import Background, ConceptMaps, Hexagons, map_concepts, map_vectors
+from graft_pipeline.errors import DataError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS
 from graft_pipeline.progress import Progress
@@ -180,10 +182,16 @@ def foundation_maps(storage: Storage, sensor: Sensor, maps: ConceptMaps, progres
     report = progress.task(f"{sensor.name} chips by the foundation model")
     for region in np.unique(regions):
         table, folder = stored_chips(storage, sensor, str(region))
-        place = {tile_id: row for row, tile_id in enumerate(table["tile_id"].to_pylist())}
+        table = table.filter(pc.equal(table["status"], "ok"))
         numbers = np.flatnonzero(regions == region)
-        for some in np.array_split(numbers, -(-len(numbers) // embeddings.BATCH)):
-            wanted = table.take([place[tile_id] for tile_id in tiles["tile_id"].take(some).to_pylist()])
+        places = pc.index_in(tiles["tile_id"].take(numbers), table["tile_id"].combine_chunks())
+        if places.null_count:
+            raise DataError(
+                f"{region}: {places.null_count} tiles of the search index have no stored chip any more: materialise "
+                f"{sensor.name}/search_index, then the maps again."
+            )
+        for batch in np.array_split(np.arange(len(numbers)), -(-len(numbers) // embeddings.BATCH)):
+            some, wanted = numbers[batch], table.take(places.take(batch))
             images = chips.decode_all(embeddings.read_images(folder, wanted))
             vectors[some] = encode_images(clip, images, crop_px=sensor.crop_px)
             report(int(some[-1]) + 1, len(regions))
