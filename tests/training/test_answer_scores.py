@@ -50,6 +50,7 @@ PROGRAMS = {
     "Are there more reds than blues?": 'more(count(find("red")), count(find("blue")))',
     "Is it a rural or an urban area?": 'classify("rural", "urban")',
     "How red is it?": 'share(find("red"))',
+    "How far is the red from the blue?": 'distance(find("red"), find("blue"))',
     "Is there a shape?": 'exists(search("shape"))',
 }
 
@@ -84,6 +85,7 @@ ROWS = [
     (2, "comp", "Are there more reds than blues?", True),
     (2, "count", "How red is it?", 1),
     (3, "count", "How many reds are there?", 0),
+    (3, "count", "How far is the red from the blue?", 0),
     (3, "presence", "Is there a shape?", False),
     (3, "presence", "Is it beautiful?", False),
     (3, "rural_urban", "Is it a rural or an urban area?", "rural"),
@@ -101,22 +103,27 @@ def test_every_type_is_scored_as_counted_by_hand(answerer):
     prior += [(7, "presence", "Is there a blue?", True), (7, "count", "How many reds are there?", 0)]
     made = evaluate_answers([answerer], questions(ROWS, prior), seed=1)
     assert made.images == 3
-    assert made.questions == {"presence": 5, "comp": 1, "count": 4, "area": 1, "rural_urban": 1}
+    assert made.questions == {"presence": 5, "comp": 1, "count": 5, "area": 1, "rural_urban": 1}
     assert made.skipped == {"no answer": 4, "image cannot be decoded": 1}
     found = {name: measure.value for name, measure in made.metrics[TASK]["ours"].items()}
-    by_type = {"presence": 2 / 5, "comp": 1, "count": 2 / 4, "area": 1, "rural_urban": 1}
-    assert found == pytest.approx(by_type | {"average": np.mean(list(by_type.values())), OVERALL: 7 / 12})
+    by_type = {"presence": 2 / 5, "comp": 1, "count": 2 / 5, "area": 1, "rural_urban": 1}
+    assert found == pytest.approx(by_type | {"average": np.mean(list(by_type.values())), OVERALL: 7 / 13})
     # A red covers 100 px of 4 m2 each: 800 m2 of two are in the range of 900.
     assert made.confusion["ours"]["area"][0] == ("between 100m2 and 1000m2",)
     assert made.count_errors == {"ours": {-2: 1, 0: 2}}
     assert made.unanswered == {
-        "ours": {"answer of another kind": 1, "program refused": 1, "no program": 1},
+        "ours": {
+            "answer of another kind": 1,
+            "nothing there to answer about": 1,
+            "program refused": 1,
+            "no program": 1,
+        },
     }
     assert made.has_prior
     without = {name: measure.value for name, measure in made.metrics[TASK][PRIOR].items()}
     # Yes is the most frequent of presence, 0 of counts; nothing is known of the others.
     assert without["presence"] == 2 / 5
-    assert without["count"] == 1 / 4
+    assert without["count"] == 2 / 5
     assert without["comp"] == without["area"] == 0
     words = {name: measure.value for name, measure in made.metrics[TASK][WORDS].items()}
     # The same words were answered no (red) and yes (blue).

@@ -18,6 +18,7 @@ from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.spatial import KDTree
 
 from graft_pipeline.errors import InputError
+from training.zero_shot.answering.concepts import singular
 from training.zero_shot.answering.language import (
     LARGE_M2,
     MEDIUM_M2,
@@ -75,7 +76,7 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """One object in an image.
+    """One object in an image; objects on the very same pixels are one, whatever they were found as.
 
     Attributes:
         concept: what it was found as.
@@ -111,6 +112,20 @@ class Detected:
             raise InputError(f"An object needs a pixel: leave out {concept!r} where there is none.")
         inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         return cls(concept, int(rows[0]), int(columns[0]), inside.copy(), score)
+
+    @cached_property
+    def _ground(self) -> tuple[int, int, tuple[int, ...], bytes]:
+        return self.top, self.left, self.mask.shape, np.packbits(self.mask).tobytes()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._ground)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Detected) and (self is other or self._ground == other._ground)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def bottom(self) -> int:
@@ -212,9 +227,14 @@ class Detected:
     @cached_property
     def shape(self) -> tuple[float, float, float]:
         """Share of its tightest rectangle that it fills, that rectangle's length by its width, share of its circle."""
-        rows, columns = np.nonzero(self.mask)
-        corners = np.concatenate([np.stack([rows + i, columns + j], axis=1) for i in (0, 1) for j in (0, 1)])
-        hull = shapely.convex_hull(shapely.MultiPoint(corners))
+        # Corners of the hull are among the ends of rows.
+        rows = np.flatnonzero(self.mask.any(axis=1))
+        first = self.mask[rows].argmax(axis=1)
+        last = self.mask.shape[1] - self.mask[rows, ::-1].argmax(axis=1)
+        corners = np.concatenate(
+            [np.stack([rows + i, ends], axis=1) for i in (0, 1) for ends in (first, last)]
+        )
+        hull = shapely.convex_hull(shapely.linestrings(corners))
         ring = shapely.get_coordinates(shapely.minimum_rotated_rectangle(hull))
         sides = np.hypot(*(ring[1:3] - ring[:2]).T)
         circle = math.pi * float(shapely.minimum_bounding_radius(hull)) ** 2
@@ -223,6 +243,21 @@ class Detected:
 
 #: Objects of an image, each once; in the order in which they were found.
 Objects = tuple[Detected, ...]
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """No answer, because what was asked about is not there; whatever is made of it is unknown, too.
+
+    Attributes:
+        reason: such as `there is no desert`.
+    """
+
+    reason: str
+
+
+#: Values of answers and steps; of objects, how many there are.
+Result = bool | int | float | str | Unknown
 
 
 class Detector(Protocol):
@@ -271,7 +306,7 @@ class Step:
     """
 
     call: str
-    value: bool | int | float | str
+    value: Result
     kind: Kind
 
     @property
@@ -317,30 +352,33 @@ class Answer:
     """The answer to a question.
 
     Attributes:
-        value: truth: bool; count: int; area (m2), share, distance (m): float; text: str.
+        value: truth: bool; count: int; area (m2), share, distance (m): float; text: str; Unknown, if what was asked
+            about is not there.
         kind: of the value.
         evidence: why.
         program: that was run.
     """
 
-    value: bool | int | float | str
+    value: Result
     kind: Kind
     evidence: Evidence
     program: Program
 
     @property
     def text(self) -> str:
-        """The answer as people read it: `yes`, `3`, `12,400 m2`, `34.0 %`."""
+        """The answer as people read it: `yes`, `3`, `12,400 m2`, `34.0 %`, `unknown: there is no desert`."""
         return shown(self.value, self.kind)
 
 
-def shown(value: bool | int | float | str, kind: Kind) -> str:
+def shown(value: Result, kind: Kind) -> str:
     """A value as people read it.
 
     Args:
         value: of an answer or a step; of objects, how many there are.
         kind: of the value.
     """
+    if isinstance(value, Unknown):
+        return f"unknown: {value.reason}"
     if isinstance(value, str):
         return value
     if kind == "truth":
@@ -432,19 +470,47 @@ class _Run:
             if name in _MEASURES:
                 # What numbers and truths are made of is what the answer rests on; `distance` has two.
                 for argument in arguments:
-                    self.asked_about.update(dict.fromkeys(argument))
-            value = RUNS[name](self, *arguments)
-            if node.kind == "count":
+                    if not isinstance(argument, Unknown):
+                        self.asked_about.update(dict.fromkeys(argument))
+            value = self._unknown(node, arguments) or RUNS[name](self, *arguments)
+            if node.kind == "count" and not isinstance(value, Unknown):
                 value = int(value)
             self._values[node] = value
-            brief = len(value) if node.kind == "objects" else value
+            brief = len(value) if isinstance(value, tuple) else value
             self.steps.append(Step(_spelled(node, _SPELLED_DEPTH), brief, node.kind))
         return self._values[node]
+
+    def _unknown(self, node: Call, arguments: list[Any]) -> Unknown | None:
+        """Why a call has no value, if it has none."""
+        for argument in arguments:
+            if isinstance(argument, Unknown):
+                return argument
+        if node.operation.name == "distance":
+            for of, argument in zip(node.arguments, arguments, strict=True):
+                if not argument:
+                    return Unknown(f"there is no {_brief(of)}")
+        if node.operation.name == "choose" and isinstance(condition := node.arguments[0], Call):
+            return self._tie(condition)
+        return None
+
+    def _tie(self, condition: Call) -> Unknown | None:
+        """Why neither of two texts fits: what they were chosen by is the same of both things."""
+        if condition.operation.name not in ("more", "less"):
+            return None
+        one, other = condition.arguments
+        if isinstance(one, Value) or isinstance(other, Value):
+            return None
+        value = self._value(one)
+        if value != self._value(other):
+            return None
+        if not value and {one.operation.name, other.operation.name} <= {"count", "area", "share"}:
+            return Unknown(f"there is neither {_brief(one.arguments[0])} nor {_brief(other.arguments[0])}")
+        return Unknown(f"both are {shown(value, one.kind)}")
 
     # --- looking ---
 
     def find(self, concept: str) -> Objects:
-        key = concept.lower()
+        key = singular(concept)
         if key not in self.found:
             objects = tuple(self.detector.find(self.image, key, self.tick))
             if len(objects) > self.limits.objects:
@@ -471,6 +537,7 @@ class _Run:
     def _canvas(self, objects: Objects) -> NDArray[np.bool_]:
         canvas = np.zeros((self.image.height_px, self.image.width_px), np.bool_)
         for of in objects:
+            self.tick()
             of.paint(canvas)
         return canvas
 
@@ -483,10 +550,10 @@ class _Run:
         rows, columns = np.nonzero(canvas)
         return _part((rows.mean() + 0.5) / canvas.shape[0], (columns.mean() + 0.5) / canvas.shape[1])
 
-    def distance(self, objects: Objects, others: Objects) -> float:
+    def distance(self, objects: Objects, others: Objects) -> float | Unknown:
         link = self._closest(objects, others)
         if link is None:
-            return math.hypot(self.image.height_px, self.image.width_px) * self.image.gsd_m
+            return Unknown("there is only one of them")
         self.links.append(Link("distance", link[1], link[2]))
         return link[0] * self.image.gsd_m
 
@@ -500,9 +567,9 @@ class _Run:
 
     def _pairs(self, objects: Objects, others: Objects) -> Iterator[tuple[Detected, Detected]]:
         for one in objects:
-            self.tick()
             for other in others:
-                if other is not one:
+                self.tick()
+                if other != one:
                     yield one, other
 
     # --- choosing ---
@@ -512,9 +579,9 @@ class _Run:
     ) -> Objects:
         kept = []
         for one in objects:
-            self.tick()
             for other in others:
-                if other is not one and holds(one, other):
+                self.tick()
+                if other != one and holds(one, other):
                     kept.append(one)
                     self.links.append(Link(relation, one, other))
                     break
@@ -562,6 +629,7 @@ class _Run:
         wanted = set(part.split("-"))
 
         def is_there(of: Detected) -> bool:
+            self.tick()
             row, column = of.middle[0] / height, of.middle[1] / width
             holds = {
                 "north": row < 0.5, "south": row > 0.5, "west": column < 0.5, "east": column > 0.5,
@@ -574,6 +642,14 @@ class _Run:
     def sized(self, objects: Objects, least_m2: float, most_m2: float) -> Objects:
         pixel_m2 = self.image.gsd_m**2
         return tuple(of for of in objects if least_m2 <= of.pixels * pixel_m2 < most_m2)
+
+    def shaped(self, objects: Objects, fits: Callable[[Detected], bool]) -> Objects:
+        kept = []
+        for of in objects:
+            self.tick()
+            if fits(of):
+                kept.append(of)
+        return tuple(kept)
 
 
 def _part(row: float, column: float) -> str:
@@ -591,6 +667,17 @@ def _by_area(objects: Objects, *, is_largest: bool) -> Objects:
     if not objects:
         return ()
     return ((max if is_largest else min)(objects, key=lambda of: of.pixels),)
+
+
+def _brief(node: Call | Value) -> str:
+    """Objects of a call in words: what they were looked for as, and that more was asked of them."""
+    asked = node
+    while isinstance(asked, Call) and asked.operation.name != "find":
+        asked = asked.arguments[0]
+    if not isinstance(asked, Call):
+        return "such object"
+    concept = singular(str(asked.arguments[0].value))
+    return concept if asked is node else f"such {concept}"
 
 
 def _spelled(node: Call | Value, depth: int) -> str:
@@ -637,11 +724,11 @@ RUNS: dict[str, Callable[..., Any]] = {
     "medium": lambda run, objects: run.sized(objects, MEDIUM_M2, LARGE_M2),
     "large": lambda run, objects: run.sized(objects, LARGE_M2, math.inf),
     "sized": _Run.sized,
-    "square": lambda run, objects: tuple(
-        of for of in objects if _is_rectangular(of) and of.shape[1] <= _SQUARE_RATIO
+    "square": lambda run, objects: run.shaped(
+        objects, lambda of: _is_rectangular(of) and of.shape[1] <= _SQUARE_RATIO
     ),
-    "rectangular": lambda run, objects: tuple(of for of in objects if _is_rectangular(of)),
-    "circular": lambda run, objects: tuple(of for of in objects if of.shape[2] >= _CIRCULAR_SHARE),
+    "rectangular": lambda run, objects: run.shaped(objects, _is_rectangular),
+    "circular": lambda run, objects: run.shaped(objects, lambda of: of.shape[2] >= _CIRCULAR_SHARE),
     "union": lambda run, objects, others: tuple(dict.fromkeys((*objects, *others))),
     "intersection": lambda run, objects, others: tuple(filter(set(others).__contains__, objects)),
     "without": lambda run, objects, others: tuple(filterfalse(set(others).__contains__, objects)),

@@ -110,7 +110,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("share", (_OBJECTS,), "share", "Share of the image that they cover together, 0 to 1."),
         Operation(
             "distance", (_OBJECTS, _OTHERS), "distance",
-            "Metres between the nearest edges of any two; the image's diagonal if either has none.",
+            "Metres between the nearest edges of any two; unknown if either has none.",
         ),
         Operation("where", (_OBJECTS,), "text", 'The part of the image where most of them is, such as "north-west".'),
         Operation(
@@ -119,7 +119,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "choose", (Parameter("condition", "truth"), Parameter("yes", "text"), Parameter("no", "text")), "text",
-            "The first text if the condition holds, else the second.",
+            "The first text if the condition holds, else the second; unknown if it compares what is the same.",
         ),
         Operation("more", (_FIRST, _SECOND), "truth", "Whether the first is larger than the second."),
         Operation("less", (_FIRST, _SECOND), "truth", "Whether the first is smaller than the second."),
@@ -253,6 +253,11 @@ def parse(text: str) -> Program:
     """
     if len(text) > MAX_CHARACTERS:
         raise ProgramError(f"a program has at most {MAX_CHARACTERS} characters: write a shorter one.", 1, 1)
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        for column, letter in enumerate(line, start=1):
+            # In comments, too: programs are shown on terminals, which obey control characters.
+            if not letter.isprintable() and letter != "\t":
+                raise ProgramError(f"{letter!r} cannot be printed: leave it out.", number, column)
     return _Parser(text).program()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft_pipeline.errors import DataError, InputError
-from training.zero_shot.answering.interpreter import Answer, Image, Interpreter
+from training.zero_shot.answering.interpreter import Answer, Image, Interpreter, Unknown
 from training.zero_shot.answering.language import ProgramError, parse
 from training.zero_shot.answering.rsvqa import KINDS, Question, QuestionSet
 from training.zero_shot.answering.writers import Writer
@@ -174,7 +174,9 @@ def evaluate_answers(
                 else:
                     label = questions.label(question.type, answer.value) or NO_ANSWER
                     if label == NO_ANSWER:
-                        unanswered[answerer.name]["answer of another kind"] += 1
+                        is_unknown = isinstance(answer.value, Unknown)
+                        reason = "nothing there to answer about" if is_unknown else "answer of another kind"
+                        unanswered[answerer.name][reason] += 1
                     elif question.type == "count":
                         errors[answerer.name][int(answer.value) - int(question.answer)] += 1
                     truth = str(questions.label(question.type, question.answer))
