@@ -112,7 +112,9 @@ class Current:
                 f"{served.sensor}/chip_embeddings of its regions, then {served.sensor}/search_index."
             )
         elif manifest is not None and manifest.model_id != served.model_id:
-            self._refusal = f"The search index of {served.sensor} was made anew with another encoder: restart `graft serve`."
+            self._refusal = (
+                f"The search index of {served.sensor} is of another encoder now: restart `graft serve`."
+            )
         else:
             index = SearchIndex.open(self._root, served.sensor)
             index.check_model(served.model_id)
