@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from graft_pipeline.errors import ServiceError, SettingsError
+from graft_pipeline.errors import InputError, ServiceError, SettingsError
 from graft_pipeline.settings import Settings
 from resources.http import (
     TRANSIENT_STATUSES,
@@ -34,6 +34,8 @@ _MAX_BYTES = 1 << 20
 _ATTEMPTS = 4
 #: 429 with one of these codes does not pass with time.
 _OUT_OF_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+#: 400 with one of these is about this question alone; others may be answered.
+_OF_THE_QUESTION = frozenset({"content_filter", "context_length_exceeded"})
 
 
 class ProgramModel:
@@ -67,11 +69,11 @@ class ProgramModel:
             raise SettingsError(f"The endpoint {host_of(url)!r} is no http(s) URL: correct GRAFT_ANSWER_URL.")
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._model = model
-        self._key = key
+        self._key = _printable(key)
         self._options: dict[str, Any] = {"temperature": 0, "seed": seed, "max_tokens": max_tokens}
         self._retries = retries or Retries(_ATTEMPTS)
         self._pool = HttpPool(connections=1, timeout_s=timeout_s, deadline_s=timeout_s)
-        self._redaction = Redaction([key.get_secret_value()] if key else [])
+        self._redaction = Redaction([self._key] if self._key else [])
 
     @classmethod
     def from_settings(cls, settings: Settings, *, retries: Retries | None = None) -> "ProgramModel":
@@ -82,7 +84,7 @@ class ProgramModel:
             retries: attempts and waits per answer.
 
         Raises:
-            SettingsError: if no endpoint is named.
+            SettingsError: if no endpoint is named, or the key cannot be one.
         """
         if settings.answer_url is None or settings.answer_model is None:
             raise SettingsError(
@@ -113,6 +115,7 @@ class ProgramModel:
 
         Raises:
             SettingsError: if key, address or model are refused.
+            InputError: if it has no answer to this conversation: refused, cut off, or empty.
             ServiceError: if the endpoint is not there, keeps failing, or answers something else.
         """
         try:
@@ -126,7 +129,7 @@ class ProgramModel:
     def _ask(self, messages: Sequence[Mapping[str, str]]) -> str:
         headers = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
+            headers["Authorization"] = f"Bearer {self._key}"
         while True:
             content = {"model": self._model, "messages": list(messages), **self._options}
             try:
@@ -167,6 +170,8 @@ class ProgramModel:
                 f"{host} has no such model or address ({said}): check GRAFT_ANSWER_URL, which usually ends in /v1, "
                 "and GRAFT_ANSWER_MODEL."
             )
+        if error.get("code") in _OF_THE_QUESTION:
+            return InputError(f"{host} refused the question ({said}): put it in other words.")
         if error.get("code") in _OUT_OF_CREDIT:
             return ServiceError(f"{host} is out of credit ({said}): check the account's plan.")
         if status in TRANSIENT_STATUSES:
@@ -180,12 +185,22 @@ class ProgramModel:
         except (ValueError, LookupError, TypeError):
             raise TransientError("malformed", "its answer is no chat completion", is_quick=True) from None
         if choice.get("finish_reason") == "length":
-            raise ServiceError(
+            raise InputError(
                 f"{self._model} was cut off at its longest answer: raise GRAFT_ANSWER_MAX_TOKENS, or ask for less."
             )
         if not isinstance(text, str) or not text.strip():
-            raise ServiceError(f"{self._model} answered nothing: put the question in other words.")
+            raise InputError(f"{self._model} answered nothing: put the question in other words.")
         return text
+
+
+def _printable(key: SecretStr | None) -> str | None:
+    """A key without the line end that a mounted file has; None: there is none."""
+    text = key.get_secret_value().strip() if key else ""
+    if not (text.isascii() and text.isprintable()):
+        raise SettingsError(
+            "GRAFT_ANSWER_KEY holds a character that no key has, such as a typographic quote: copy the key anew."
+        )
+    return text or None
 
 
 def _error_of(answer: Answer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tenacity
 from pydantic import SecretStr
@@ -10,7 +11,10 @@ from graft_pipeline.errors import InputError, ServiceError, SettingsError
 from graft_pipeline.settings import load_settings
 from resources.http import Retries
 from resources.program_writer import ProgramModel
+from training.zero_shot.answering.interpreter import Interpreter
 from training.zero_shot.answering.language import parse
+from training.zero_shot.answering.rsvqa import Question, QuestionSet
+from training.zero_shot.answering.scoring import TASK, ProgramAnswerer, evaluate_answers
 from training.zero_shot.answering.writers import EXAMPLES, MAX_QUESTION, PromptedWriter
 
 KEY = "sk-very-secret-0123456789"
@@ -142,6 +146,7 @@ def test_answers_that_are_no_completions_end_in_a_clear_error(endpoint, reply, s
         (404, {"message": "The model `small` does not exist"}, SettingsError, "GRAFT_ANSWER_MODEL"),
         (429, {"message": "You ran out", "code": "insufficient_quota"}, ServiceError, "out of credit"),
         (400, {"message": "context too long"}, ServiceError, "context too long"),
+        (400, {"message": "filtered", "code": "content_filter"}, InputError, "other words"),
     ],
 )  # fmt: skip
 def test_lasting_refusals_are_not_asked_again(endpoint, reply, status, error, kind, says, everything_logged):
@@ -167,11 +172,50 @@ def test_options_that_a_model_does_not_take_are_left_out(endpoint, reply):
 
 def test_an_answer_that_was_cut_off_or_is_empty_is_none(endpoint, reply):
     choice = {"message": {"content": 'count(find("base'}, "finish_reason": "length"}
-    with pytest.raises(ServiceError, match="GRAFT_ANSWER_MAX_TOKENS"):
+    with pytest.raises(InputError, match="GRAFT_ANSWER_MAX_TOKENS"):
         model(endpoint(reply(json.dumps({"choices": [choice]}).encode()))).complete([])
     choice = {"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}
-    with pytest.raises(ServiceError, match="other words"):
+    with pytest.raises(InputError, match="other words"):
         model(endpoint(reply(json.dumps({"choices": [choice]}).encode()))).complete([])
+
+
+def test_one_odd_answer_does_not_end_an_evaluation(endpoint, reply):
+    class SeesNothing:
+        def find(self, image, concept, tick):
+            return []
+
+    def completion(content, reason):
+        choice = {"message": {"content": content}, "finish_reason": reason}
+        return reply(json.dumps({"choices": [choice]}).encode())
+
+    odd = [completion("count(", "length"), completion("", "content_filter")]
+    odd.append(failure(reply, 400, "filtered", code="content_filter"))
+    server = endpoint('exists(find("lake"))', *odd, 'exists(find("pond"))')
+    answerer = ProgramAnswerer("model", PromptedWriter(model(server).complete), Interpreter(SeesNothing()))
+    asked = tuple(Question(n, 0, "presence", f"Is there a {n}?", False) for n in range(5))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    questions = QuestionSet("toy", asked, (), lambda _: pixels, lambda _: 1.0, False, (1.0,))
+    made = evaluate_answers([answerer], questions, resamples=2)
+    assert made.unanswered == {"model": {"no program": 3}}
+    assert made.metrics[TASK]["model"]["presence"].value == 2 / 5
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}\r\n"])
+def test_a_keys_line_end_is_no_part_of_it(endpoint, key):
+    server = endpoint(PROGRAM)
+    assert ProgramModel(server.url, "small", SecretStr(key), retries=AT_ONCE).complete([]) == PROGRAM
+    assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    ProgramModel(server.url, "small", SecretStr("\n"), retries=AT_ONCE).complete([])
+    assert "authorization" not in server.requests[1].headers
+
+
+@pytest.mark.parametrize("odd", ["\u201c", "\n", "\x00", "\u00e9"])
+def test_a_key_that_cannot_be_one_is_refused_and_not_shown(free_url, odd, everything_logged):
+    with pytest.raises(SettingsError, match="copy the key anew") as raised:
+        ProgramModel(free_url, "small", SecretStr(f"{KEY[:9]}{odd}{KEY[9:]}"))
+    for text in (str(raised.value), everything_logged()):
+        assert KEY[:9] not in text
+        assert KEY[9:] not in text
 
 
 def test_an_endpoint_that_hangs_or_is_not_there_is_given_up(endpoint, reply, free_url):
