@@ -24,15 +24,16 @@ def open_storage() -> "Storage":
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print rows as a table on stdout; None shows nothing."""
+    """Print rows as a table on stdout; None shows nothing, brackets are no markup."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*["" if value is None else str(value) for value in row])
+        table.add_row(*["" if value is None else Text(str(value)) for value in row])
     # A pipe has no width of its own: give it room instead of 80 columns.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

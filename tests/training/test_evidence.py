@@ -136,6 +136,8 @@ def test_what_is_no_image_is_refused_with_a_way_out(tmp_path, pixels):
     refused("give the metres per pixel", plain, None)
     refused("2,400 pixels, more than 2,000: cut out", plain, most_px=2000)
     refused("not north-up", write(tmp_path / "up.tif", pixels, Affine(1, 0, 5e5, 0, 1, 47e5), "EPSG:32619"))
+    for empty in ((100.0, 100.0), (3000.0, 0.0), (0.0, float("nan"))):
+        refused("whose first value is the lower", plain, display_range=empty)
     refused("give the range of values", write(tmp_path / "deep.tif", pixels.astype(np.uint16)))
     refused("1 bands", write(tmp_path / "grey.tif", pixels[:, :, :1]))
 
@@ -198,6 +200,10 @@ def test_graft_ask_answers_with_program_and_evidence(toy_world, root, paint, mon
     # Twelve metres of a chip are no whole patch, but it can be asked about.
     done = ask("naip-7", "--program", 'count(find("red"))')
     assert done.exit_code == 0, done.output
+    # What programs say is shown as it is, not as the terminal's markup.
+    done = ask("naip-7", "--program", 'exists(find("red [/b] [blue] :smile:"))')
+    assert done.exit_code == 0, done.output
+    assert 'exists(find("red [/b] [blue] :smile:")) ' in done.output.split("Steps")[1]
     for arguments, message in (
         (("naip-7", "import os"), "no form that the grammar knows"),
         (("naip-7", "--program", "import os"), "Line 1, column 1"),

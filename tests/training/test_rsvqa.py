@@ -29,11 +29,11 @@ LR = [
 ]
 
 
-def tiff(file, value, side=32, bands=3, dtype="uint8"):
+def tiff(file, value, side=32, bands=3, dtype="uint8", gsd_m=0.1524, crs="EPSG:32618"):
     file.parent.mkdir(parents=True, exist_ok=True)
     profile = {"driver": "GTiff", "width": side, "height": side, "count": bands, "dtype": dtype}
-    transform = rasterio.Affine(0.1524, 0, 500_000, 0, -0.1524, 4_700_000)
-    with rasterio.open(file, "w", **profile, crs="EPSG:32618", transform=transform) as source:
+    transform = rasterio.Affine(gsd_m, 0, 500_000, 0, -gsd_m, 4_700_000)
+    with rasterio.open(file, "w", **profile, crs=crs, transform=transform) as source:
         source.write(np.full((bands, side, side), value, dtype))
 
 
@@ -82,6 +82,21 @@ def test_high_resolution_is_read_as_published(publish):
         made.read(0)
 
 
+def test_images_put_in_the_place_of_the_published_ones_have_their_own_size(publish):
+    """The paper asks RSVQA-HR's questions about NAIP's images."""
+    folder = publish("USGS", "test", HR, {0, 2})
+    tiff(folder / "Data" / "0.tif", 7, gsd_m=0.6)
+    # New York in US survey feet.
+    tiff(folder / "Data" / "2.tif", 7, gsd_m=0.5, crs="EPSG:2263")
+    made = open_question_set("rsvqa_hr", folder)
+    assert made.gsd_m(0) == pytest.approx(0.6)
+    assert made.gsd_m(2) == pytest.approx(0.1524, rel=1e-5)
+    # Without coordinates, and where none is there: as published.
+    tiff(folder / "Data" / "0.tif", 7, gsd_m=0.6, crs=None)
+    (folder / "Data" / "2.tif").write_bytes(b"no image")
+    assert made.gsd_m(0) == made.gsd_m(2) == 0.1524
+
+
 def test_low_resolution_counts_by_ranges(publish):
     made = open_question_set("rsvqa_lr", publish("LR", "test", LR, {0, 1}, resolution="10m"))
     assert [made.label(of.type, of.answer) for of in made.questions] == [
@@ -125,13 +140,19 @@ def test_what_cannot_be_asked_is_counted(publish):
     content = json.loads(file.read_text())
     content["answers"][3]["active"] = False
     file.write_text(json.dumps(content))
+    file = folder / "USGS_split_test_phili_questions.json"
+    content = json.loads(file.read_text())
+    del content["questions"][4]["img_id"]
+    content["questions"][5]["answers_ids"] = None
+    file.write_text(json.dumps(content))
     made = open_question_set("rsvqa_hr_phili", folder)
-    assert len(made) == len(HR) - 1
+    assert len(made) == len(HR) - 3
     assert made.skipped == {
         "unknown type 'population'": 1,
         "answer of another kind": 3,
         "image not in the list": 1,
-        "no answer": 1,
+        "no answer": 2,
+        "no image named": 1,
     }
 
 
@@ -185,10 +206,10 @@ def test_one_command_answers_and_puts_the_papers_table_beside(
         (4, "presence", "Is there a red?", "yes"),
     ]
     # At a metre per pixel: of the published 15 cm an image shows less than a patch of the toy encoder.
-    folder = publish("USGS", "test", rows, set(range(5)), resolution="1m")
+    folder = publish("USGS", "test", rows, set(range(5)))
     for n, name in enumerate(colours):
         (picture,) = paint([name], 512, random)
-        tiff(folder / "Data" / f"{n}.tif", np.moveaxis(picture, -1, 0), side=512)
+        tiff(folder / "Data" / f"{n}.tif", np.moveaxis(picture, -1, 0), side=512, gsd_m=1.0)
     words = {"templates": ["{}"], "classes": {name: [name] for name in colours}}
     (tmp_path / "words.json").write_text(json.dumps(words))
     command = ["evaluate", "rsvqa_hr", "--data", str(folder), "--prompts", str(tmp_path / "words.json")]

@@ -100,6 +100,14 @@ def test_the_words_give_no_answer_away(made):
             assert len(set(counts)) < 2, f"{kind} of {split} is out of balance"
 
 
+def test_a_split_is_not_every_so_maniest_image(made, build):
+    """Images are placed around one class after another, so that a split of every fourth would lack classes."""
+    for questions in (made, build(2)):
+        own = [number for number, split in enumerate(questions.splits) if split == "val"]
+        assert len(own) == len(questions.splits) / 4
+        assert len({number % 4 for number in own}) > 1
+
+
 def test_files_are_as_rsvqa_publishes_them(made, folder):
     read = open_question_set("planet_questions", folder)
     own = [of for of in made.questions if made.splits[of.image] == "test"]
@@ -109,7 +117,8 @@ def test_files_are_as_rsvqa_publishes_them(made, folder):
     np.testing.assert_array_equal(read.read(0), made.pixels[0])
     images = json.loads((folder / "PLANET_split_val_images.json").read_text())["images"]
     assert [row["active"] for row in images] == [split == "val" for split in made.splits]
-    assert images[0] == {"id": 0, "active": False}
+    other = made.splits.index("test")
+    assert images[other] == {"id": other, "active": False}
     assert read.gsd_m(0) == 1.0
     # RSVQA-HR's ranges, at this size of an image.
     assert read.area_edges_m2 == pytest.approx([10 * 448**2 / 6088.5 * k for k in (1, 10, 100)], rel=1e-4)

@@ -41,9 +41,14 @@ def read_image(
         The image, with square pixels.
 
     Raises:
-        InputError: if it cannot be opened, is no RGB image, too large, or not north-up.
+        InputError: if it cannot be opened, is no RGB image, too large, or not north-up, or the range holds no values.
         DataError: if its pixels cannot be read.
     """
+    if display_range is not None and not display_range[0] < display_range[1]:
+        low, high = display_range
+        raise InputError(
+            f"No value is between {low:g} and {high:g}: give a range whose first value is the lower."
+        )
     try:
         with warnings.catch_warnings():
             # A picture without coordinates is what `gsd_m` is for.

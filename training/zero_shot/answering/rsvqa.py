@@ -7,6 +7,7 @@ resources/planet/questions.py.
 import json
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError
+from training.zero_shot.raster import pixel_size_m
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class QuestionSet:
         questions: those that can be asked.
         prior: questions of another split of the set, for what can be known without an image; empty if none is there.
         read: image id to (H, W, 3) uint8 RGB; raises DataError for an image that cannot be decoded.
-        gsd_m: image id to metres per pixel.
+        gsd_m: image id to metres per pixel: of its file if that has coordinates, else as published.
         has_count_ranges: whether counts are scored by range (RSVQA-LR) instead of exactly.
         area_edges_m2: upper ends of the ranges of areas above none, but for the last.
         skipped: questions that are left out, by reason.
@@ -203,6 +205,8 @@ def open_question_set(name: str, folder: Path | UPath) -> QuestionSet:
         return _pixels(folder / layout.images / f"{image_id}.tif")
 
     def gsd_m(image_id: int) -> float:
+        if own := _file_gsd_m(folder / layout.images / f"{image_id}.tif"):
+            return own
         found = re.match(r"\s*(\d*\.?\d+)", str(images[image_id].get("res_x", "")))
         return (float(found[1]) if found else 0.0) or layout.gsd_m
 
@@ -237,11 +241,13 @@ def _questions(
         # Entries of other splits are there as a bare id.
         if not row.get("active"):
             continue
-        written = next((answers[key] for key in row.get("answers_ids", ()) if key in answers), None)
+        written = next((answers[key] for key in row.get("answers_ids") or () if key in answers), None)
         if row.get("type") not in KINDS:
             skipped[f"unknown type {row.get('type')!r}"] += 1
         elif written is None or not isinstance(row.get("question"), str):
             skipped["no question" if written else "no answer"] += 1
+        elif not isinstance(row.get("img_id"), int):
+            skipped["no image named"] += 1
         elif (answer := _answer(row["type"], str(written.get("answer")))) is None:
             skipped["answer of another kind"] += 1
         else:
@@ -284,6 +290,18 @@ def _range_label(value: int, edges: Sequence[float], unit: str) -> str:
             return f"between {low:.0f}{unit} and {edge:.0f}{unit}"
         low = edge
     return f"more than {low:.0f}{unit}"
+
+
+def _file_gsd_m(file: Path | UPath) -> float | None:
+    """Metres per pixel of an image with coordinates: other images may lie in the place of the published ones."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with MemoryFile(file.read_bytes()) as memory, memory.open() as source:
+                return max(pixel_size_m(source)) if source.crs is not None else None
+    except (RasterioError, OSError):
+        # That it cannot be decoded is said when it is read.
+        return None
 
 
 def _pixels(file: Path | UPath) -> NDArray[np.uint8]:
