@@ -104,7 +104,16 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         code_version=code_version(
             *(
                 f"training.zero_shot.answering.{name}"
-                for name in ("grammar", "language", "concepts", "interpreter", "detection", "scoring")
+                for name in (
+                    "grammar",
+                    "phrases",
+                    "language",
+                    "concepts",
+                    "interpreter",
+                    "detection",
+                    "rsvqa",
+                    "scoring",
+                )
             )
         ),
         kinds={"pytorch"},

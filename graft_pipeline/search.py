@@ -142,6 +142,7 @@ class SearchIndex:
         sensor: name of the sensor.
         model_id: fingerprint of the satellite encoder whose vectors these are.
         width: their dimensions, D.
+        manifest: what the index consists of.
         stale: regions whose part is not what their embeddings are now, and why; answers are the part's.
     """
 
@@ -149,7 +150,7 @@ class SearchIndex:
         """Use `open`."""
         self.sensor, self.model_id, self.width = sensor, manifest.model_id, manifest.width
         self.stale = stale
-        self._folder, self._manifest = folder, manifest
+        self.manifest, self._folder = manifest, folder
         parts = {region: part for region, part in manifest.parts.items() if part.rows}
         self._parts = [_OpenPart(folder / part.file, region, part) for region, part in parts.items()]
         self._bounds = np.array([part.bounds for part in parts.values()])
@@ -190,12 +191,12 @@ class SearchIndex:
     @property
     def rows(self) -> int:
         """Tiles in the index."""
-        return self._manifest.rows
+        return self.manifest.rows
 
     @property
     def regions(self) -> list[str]:
         """Regions in the index, sorted."""
-        return list(self._manifest.parts)
+        return list(self.manifest.parts)
 
     def load(self) -> None:
         """Open every file of the index now: for servers, which go on when an update removes files of the old index.
@@ -205,7 +206,7 @@ class SearchIndex:
         """
         for part in self._parts:
             part.load()
-        if self._manifest.shortlist is not None:
+        if self.manifest.shortlist is not None:
             _ = self._shortlist
 
     def check_model(self, model_id: str) -> None:
@@ -271,7 +272,7 @@ class SearchIndex:
             raise InputError(f"A search for {top} tiles finds none: ask for at least one.")
         admitted = self._admitted(filters)
         count = sum(number for _, _, number in admitted)
-        has = self._manifest.shortlist
+        has = self.manifest.shortlist
         if is_exact or has is None or count <= has.exact_rows or top > _MOST_SHORTLISTED:
             found = [_nearest(part, _rows_of(mask), vector, top) for part, mask, _ in admitted]
         else:
@@ -302,8 +303,8 @@ class SearchIndex:
 
     @cached_property
     def _shortlist(self) -> "Shortlist":
-        assert self._manifest.shortlist is not None
-        return open_shortlist(self._folder / self._manifest.shortlist.file)
+        assert self.manifest.shortlist is not None
+        return open_shortlist(self._folder / self.manifest.shortlist.file)
 
     def _shortlisted(
         self,

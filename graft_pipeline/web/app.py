@@ -202,7 +202,7 @@ class _Pages:
                     "tiles": part.rows,
                     "tile_bounds": part.bounds if part.rows else None,
                 }
-                for key, part in self._current.get().manifest.parts.items()
+                for key, part in self._current.get().index.manifest.parts.items()
             ]
         )
 

@@ -35,13 +35,12 @@ class Opened:
 
     Attributes:
         index: the index, all of whose files are open.
-        manifest: what it consists of.
         scorer: what its tiles score.
     """
 
     def __init__(self, root: "UPath", index: SearchIndex, encode_text: EncodeText) -> None:
         self._root = root
-        self.index, self.manifest = index, index._manifest
+        self.index = index
         self.scorer = Scorer(index, encode_text)
         self._stale, self._stale_until = index.stale, time.monotonic() + STALE_S
         self._lock = threading.Lock()
@@ -51,7 +50,7 @@ class Opened:
         with self._lock:
             if time.monotonic() >= self._stale_until:
                 try:
-                    self._stale = stale_regions(self._root, self.index.sensor, self.manifest)
+                    self._stale = stale_regions(self._root, self.index.sensor, self.index.manifest)
                 except (GraftError, OSError) as error:
                     logger.warning("Which regions changed cannot be read, and is asked again: %s", error)
                 self._stale_until = time.monotonic() + STALE_S
@@ -104,7 +103,7 @@ class Current:
     def _follow(self) -> None:
         served = self._opened.index
         manifest = read_manifest(self._root, served.sensor)
-        if manifest == self._opened.manifest:
+        if manifest == served.manifest:
             self._refusal = None
         elif manifest is not None and not manifest.rows:
             self._refusal = (
