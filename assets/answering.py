@@ -4,6 +4,8 @@ RSVQA's published questions are evaluated in assets/evaluation.py; how a questio
 training/zero_shot/answering.
 """
 
+from importlib.resources import files
+
 import dagster as dg
 import numpy as np
 from upath import UPath
@@ -15,7 +17,7 @@ from assets.reporting import OWNERS, check_result, check_specs, measured, shown
 from graft_pipeline import previews, rules, schemas
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.progress import Progress
-from graft_pipeline.provenance import code_version
+from graft_pipeline.provenance import code_version, fingerprint
 from graft_pipeline.report import scores_folder, write_scores
 from graft_pipeline.settings import Settings
 from resources.planet.questions import PlanetQuestions, build_questions
@@ -35,6 +37,19 @@ class QuestionsConfig(dg.Config):
 def questions_folder(storage: Storage, sensor: Sensor) -> UPath:
     """Where a sensor's questions and their images lie, in RSVQA's format."""
     return storage.root / "questions" / f"sensor={sensor.name}"
+
+
+def answers_version() -> str:
+    """Version of what answers come from: code, words that stand for concepts, words of the classes."""
+    modules = ("grammar", "phrases", "language", "concepts", "interpreter", "detection", "rsvqa", "scoring")
+    words = (
+        files("training.zero_shot.answering") / "concepts.json",
+        files("training.zero_shot") / "prompt_sets" / "planet.json",
+    )
+    return fingerprint(
+        code_version(*(f"training.zero_shot.answering.{name}" for name in modules)),
+        *(file.read_text(encoding="utf-8") for file in words),
+    )[:12]
 
 
 def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
@@ -101,21 +116,7 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **options,
         deps=[questions, [sensor.name, "pixel_encoder"], FOUNDATION_KEY],
-        code_version=code_version(
-            *(
-                f"training.zero_shot.answering.{name}"
-                for name in (
-                    "grammar",
-                    "phrases",
-                    "language",
-                    "concepts",
-                    "interpreter",
-                    "detection",
-                    "rsvqa",
-                    "scoring",
-                )
-            )
-        ),
+        code_version=answers_version(),
         kinds={"pytorch"},
         pool="gpu",
     )

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,37 @@ def deployment(planet, deploy_for_module, tmp_path_factory):
     done = deployment.materialise("evaluation/rsvqa_hr", run_config=config)
     assert [check.passed for check in done.get_asset_check_evaluations()] == [True]
     return deployment
+
+
+def test_scores_are_stale_when_their_code_words_or_ranges_change(tmp_path):
+    """In a copy of the code, each file in turn is changed."""
+    home = Path(__file__).parents[2]
+    for folder in ("assets", "graft_pipeline", "resources", "training"):
+        shutil.copytree(
+            home / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "static")
+        )
+    answering = tmp_path / "training" / "zero_shot" / "answering"
+    files = [answering / f"{name}.py" for name in ("phrases", "grammar", "interpreter", "rsvqa", "scoring")]
+    files += [
+        answering / "concepts.json",
+        tmp_path / "training" / "zero_shot" / "prompt_sets" / "planet.json",
+    ]
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from assets.answering import answers_version
+from graft_pipeline import provenance
+assert Path(provenance.__file__).is_relative_to({str(tmp_path)!r})
+print(answers_version())
+for file in {[str(file) for file in files]!r}:
+    with open(file, "a") as opened:
+        opened.write("\\n")
+    provenance._source_of.cache_clear()
+    print(answers_version())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len(set(done.stdout.split())) == 1 + len(files)
 
 
 def test_questions_are_asked_of_ground_that_no_tile_touches(deployment):
