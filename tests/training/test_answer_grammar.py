@@ -85,6 +85,8 @@ PLAIN = {
     "How many lakes are on the left side of the road?": 'count(west_of(find("lake"), find("road")))',
     "Where is the river located?": 'where(find("river"))',
     "Is there a lake by any chance?": 'exists(find("lake"))',
+    "How many parking lots are near the shopping center?": 'count(near(find("parking lot"), find("shopping center")))',
+    "Is the river near the houses or the lake?": 'exists(near(find("river"), union(find("house"), find("lake"))))',
     "How many bodies of water are there?": 'count(find("body of water"))',
     "Is there a lake in the northeast?": 'exists(in_part(find("lake"), "north-east"))',
     "How many lakes are in the northwestern corner?": 'count(in_part(find("lake"), "north-west"))',
@@ -166,7 +168,7 @@ REFUSED = {
     "How many lakes are in the upper third of the image?": "third",
     "Is there a lake in the north part of the forest?": "north",
     "Are there few houses?": "few",
-    "Are there a lot of houses?": "lot",
+    "Are there a lot of houses?": "lot of",
     "Is there a house near two lakes?": "two",
     "Is there a second lake?": "second",
     "Is there a larger lake?": "larger",
@@ -187,7 +189,9 @@ REFUSED = {
     "How many tallest buildings are there?": "tallest",
     "Is there a school nearby?": "nearby",
     "Are all the houses near the river?": "all",
-    "Are there houses in front of the lake?": "of",
+    "Are there houses in front of the lake?": "front of",
+    "Is there a lake in the north of the forest?": "north",
+    "How far is the lake from the river and the road?": "and",
     "Is the forest large?": "large",
 }
 

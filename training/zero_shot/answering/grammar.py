@@ -106,6 +106,13 @@ def _two(form: str) -> Callable[..., str]:
     return write
 
 
+def _distance(a: str, b: str) -> str:
+    one, other = Reader(a).things(), Reader(b).things()
+    if "and" in (one.joint, other.joint):
+        raise refused("and", "ask for the distance of one of them at a time")
+    return f"distance({one.program()}, {other.program()})"
+
+
 def _present(a: str) -> str:
     if found := _AMOUNT.match(a):
         return _counted(found, a[found.end() :])
@@ -282,9 +289,9 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
     (_form(r"where (?:is|are|can i find|do you see) (?P<a>.+?)(?: located| situated| found)?"), _one("where({a})")),
     (_form(r"(?:show|find|mark|locate)(?: me)?(?: all)? (?P<a>.+)"), _one("where({a})")),
     (_form(rf"in which part of (?:{IMAGE}|the area) (?:is|are) (?P<a>.+)"), _one("where({a})")),
-    (_form(r"how far (?:is|are) (?P<a>.+?) (?:away )?from (?P<b>.+)"), _two("distance({a}, {b})")),
-    (_form(rf"(?:{_WHAT_IS} )?the distance between (?P<a>.+?) and (?P<b>.+)"), _two("distance({a}, {b})")),
-    (_form(rf"(?:{_WHAT_IS} )?the distance from (?P<a>.+?) to (?P<b>.+)"), _two("distance({a}, {b})")),
+    (_form(r"how far (?:is|are) (?P<a>.+?) (?:away )?from (?P<b>.+)"), _distance),
+    (_form(rf"(?:{_WHAT_IS} )?the distance between (?P<a>.+?) and (?P<b>.+)"), _distance),
+    (_form(rf"(?:{_WHAT_IS} )?the distance from (?P<a>.+?) to (?P<b>.+)"), _distance),
     # "Is the lake north of the forest?"
     (_form(r"(?:is|are) (?P<a>.+)"), _predicate),
 )  # fmt: skip

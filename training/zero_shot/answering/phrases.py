@@ -60,22 +60,22 @@ _NO_NOUN = _words(f"""
     {_POSITIONS} a an the any some this that these those it its they them their there here he she we you i me my
     our your one ones who whom whose what which why when where how is are was were be been being am do does did
     done can could will would shall should may might must have has had having get make lie lies located situated
-    found seen visible shown present cover covers covered contain contains and or nor but not no if than then as
-    for from to of at by with without about above across after against among around before behind below beneath
-    beside besides between beyond during except into like off onto opposite out outside over past per through
-    throughout toward towards under underneath until up upon via within inside in on near next along all every
-    each either neither both half many much more most less least fewer few fewest several multiple lot lots couple
-    dozen dozens pair enough number amount count total percent percentage share m m2 km km2 sqm ha hectare
-    hectares acre acres metre metres meter meters kilometre kilometres kilometer kilometers mile miles feet ft
-    larger bigger smaller greater higher lower longer shorter wider closer nearer further farther older newer
-    first second third last same equal other another else such so too very quite just only also ever even still
-    now away apart far nearby close sight together everywhere anywhere somewhere nowhere almost maybe perhaps
-    chance please import while def return lambda
+    found seen visible shown present covers covered contain contains and or nor but not no if than then as for
+    from to of at by with without about above across after against among around before behind below beneath beside
+    besides between beyond during except into like off onto opposite out outside over past per through throughout
+    toward towards under underneath until up upon via within inside in on near next along all every each either
+    neither both half many much more most less least fewer few fewest several multiple couple dozen dozens pair
+    enough number amount count total percent percentage share m m2 km km2 sqm ha hectare hectares acre acres metre
+    metres meter meters kilometre kilometres kilometer kilometers mile miles feet ft larger bigger smaller greater
+    higher lower longer shorter wider closer nearer further farther older newer first second third last same equal
+    other another else such so too very quite just only also ever even still now away apart far nearby close sight
+    together everywhere anywhere somewhere nowhere almost maybe perhaps chance please import while def return
+    lambda
 """) | set(NUMBERS)
 #: These name no thing when they stand alone: `area`, but `residential area`.
 _NO_THING = _words("""
     image picture photo scene map chip tile view area part place thing things anything something object objects
-    corner edge side middle center centre half third quarter land ground kind type size shape colour color
+    corner edge side middle center centre half third quarter land ground lot kind type size shape colour color
 """)
 #: Words that only look like a plural, a superlative, an adverb or a verb.
 _PLURAL_LOOKS = frozenset(("sports", "goods", "christmas", "works"))
@@ -93,7 +93,8 @@ _WORD = re.compile(r"[a-z][a-z'-]*")
 _MAX_WORDS = 5
 
 IMAGE = r"(?:(?:the|this|that) )?(?:satellite |aerial )?(?:image|picture|photo|scene|map|chip|tile|view)"
-_TO_SIDE = r"(?:(?:at|on|to|in) )?(?:the )?"
+#: Not `in the north of`, which is within it.
+_TO_SIDE = r"(?:(?:at|on|to) )?(?:the )?"
 _OF_SIDE = r"(?:-hand)?(?: side)? of"
 #: Phrases between two things.
 _RELATIONS = {
@@ -231,7 +232,9 @@ class Thing:
 
     def is_like(self, other: "Thing") -> bool:
         """Whether both are named in one manner: `the lake and the road`, `lakes and roads`."""
-        return (self.determiner, self.is_plural) == (other.determiner, other.is_plural)
+        return self.determiner == other.determiner and (
+            bool(self.determiner) or self.is_plural == other.is_plural
+        )
 
     def program(self, *, is_subject: bool = False) -> str:
         """Its expression; the last phrase behind a subject is what is asked about it, and does not help to choose."""
@@ -496,7 +499,7 @@ def _noun(words: list[str]) -> str:
             or (number > 0 and is_last and word.endswith(("ing", "ed")) and not _VERB_LOOKS.search(word))
         )
         if is_odd:
-            raise refused(word)
+            raise refused(f"{words[number - 1]} of" if word == "of" and number else word)
     if whole in _NO_THING or len(words) > _MAX_WORDS:
         raise refused(whole, "name a thing, such as a lake")
     return whole
