@@ -85,6 +85,7 @@ PLAIN = {
     "How many lakes are on the left side of the road?": 'count(west_of(find("lake"), find("road")))',
     "Where is the river located?": 'where(find("river"))',
     "Is there a lake by any chance?": 'exists(find("lake"))',
+    "Is there a market square?": 'exists(find("market square"))',
     "How many parking lots are near the shopping center?": 'count(near(find("parking lot"), find("shopping center")))',
     "Is the river near the houses or the lake?": 'exists(near(find("river"), union(find("house"), find("lake"))))',
     "How many bodies of water are there?": 'count(find("body of water"))',
@@ -193,6 +194,11 @@ REFUSED = {
     "Is there a lake in the north of the forest?": "north",
     "How far is the lake from the river and the road?": "and",
     "Is the forest large?": "large",
+    "How many forest large houses are there?": "large",
+    "Does the image show the large?": "large",
+    "Is there an image road?": "image",
+    "Which is larger, the lake or the river or the pond?": "or",
+    "Are there more lakes or rivers or ponds?": "or",
 }
 
 

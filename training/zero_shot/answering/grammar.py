@@ -181,12 +181,20 @@ def _compared(measure: str, how: str, a: str, b: str) -> str:
 
 def _larger(how: str, a: str, b: str) -> str:
     operation = "less" if how in ("smaller", "less") else "more"
-    one, other = _objects(a), _objects(b)
+    one, other = _rival(a), _rival(b)
     return f'choose({operation}(area({one}), area({other})), "{_named(a)}", "{_named(b)}")'
 
 
 def _more_of(a: str, b: str) -> str:
-    return f'choose(more(count({_objects(a)}), count({_objects(b)})), "{_named(a)}", "{_named(b)}")'
+    return f'choose(more(count({_rival(a)}), count({_rival(b)})), "{_named(a)}", "{_named(b)}")'
+
+
+def _rival(phrase: str) -> str:
+    """One of two that the answer is one of."""
+    things = Reader(phrase).things()
+    if things.joint == "or":
+        raise refused("or", "name two things")
+    return things.program()
 
 
 def _classified(a: str, b: str) -> str:

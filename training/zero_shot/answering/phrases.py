@@ -69,12 +69,12 @@ _NO_NOUN = _words(f"""
     metres meter meters kilometre kilometres kilometer kilometers mile miles feet ft larger bigger smaller greater
     higher lower longer shorter wider closer nearer further farther older newer first second third last same equal
     other another else such so too very quite just only also ever even still now away apart far nearby close sight
-    together everywhere anywhere somewhere nowhere almost maybe perhaps chance please import while def return
-    lambda
+    together everywhere anywhere somewhere nowhere almost maybe perhaps chance please image picture photo
+    import while def return lambda
 """) | set(NUMBERS)
 #: These name no thing when they stand alone: `area`, but `residential area`.
 _NO_THING = _words("""
-    image picture photo scene map chip tile view area part place thing things anything something object objects
+    scene map chip tile view area part place thing things anything something object objects
     corner edge side middle center centre half third quarter land ground lot kind type size shape colour color
 """)
 #: Words that only look like a plural, a superlative, an adverb or a verb.
@@ -491,7 +491,8 @@ def _noun(words: list[str]) -> str:
             not _WORD.fullmatch(word)
             or word in _NO_NOUN
             or bool(set(word.split("-")) & set(NUMBERS))
-            or (len(words) > 1 and is_last and (word in _ADJECTIVES or word in _PURPOSES))
+            or (word in _ADJECTIVES and not (word == "square" and is_last))
+            or (word in _PURPOSES and is_last and number > 0)
             or word in _SUPERLATIVES
             or (word.endswith("est") and not _SUPERLATIVE_LOOKS.search(word))
             or (word.endswith("ly") and word not in _ADVERB_LOOKS)
