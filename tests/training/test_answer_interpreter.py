@@ -356,17 +356,22 @@ def test_a_run_ends_when_its_time_is_up():
 
 
 def test_a_run_ends_within_a_crowd_of_slow_objects():
+    looked_at = []
+
     class Slow(Detected):
         @property
         def shape(self):
+            looked_at.append(self)
             time.sleep(0.02)
             return 1.0, 1.0, 1.0
 
     detector = Knows({})
     detector.known = {"house": tuple(Slow("house", 0, n, np.ones((1, 1), bool), 1.0) for n in range(100))}
     for shape in ("square", "rectangular", "circular"):
+        looked_at.clear()
         with pytest.raises(ProgramError, match="took more than"):
             Interpreter(detector, Limits(seconds=0.1)).run(parse(f"count({shape}({A}))"), blank())
+        assert 0 < len({id(of) for of in looked_at}) < 100
 
 
 def test_large_images_and_crowds_are_refused():

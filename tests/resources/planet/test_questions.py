@@ -100,7 +100,7 @@ def test_the_words_give_no_answer_away(made):
             assert len(set(counts)) < 2, f"{kind} of {split} is out of balance"
 
 
-def test_a_split_is_not_every_so_maniest_image(made, build):
+def test_splits_do_not_follow_the_order_of_classes(made, build):
     """Images are placed around one class after another, so that a split of every fourth would lack classes."""
     for questions in (made, build(2)):
         own = [number for number, split in enumerate(questions.splits) if split == "val"]
