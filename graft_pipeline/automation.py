@@ -19,7 +19,7 @@ from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
 from assets.reporting import OWNERS
 from graft_pipeline import areas, incremental
 from graft_pipeline.incremental import Budget, Choice
-from graft_pipeline.instance import data_versions, last_made, latest, region_states
+from graft_pipeline.instance import data_versions, failed_checks, last_made, latest, region_states
 from graft_pipeline.provenance import fingerprint
 from graft_pipeline.schemas import REGIONS
 from graft_pipeline.settings import Settings
@@ -291,6 +291,8 @@ def _due_for_learning(
     reason = incremental.why_not_now(inputs, requested, made_at, now, interval)
     if reason is None:
         return [training_set], str(inputs), "pairs changed"
+    if failed := failed_checks(instance, training_set):
+        return [], "", f"training_set failed {', '.join(failed)}: correct the data and materialise it again"
     reasons = [f"training_set: {reason}"]
     snapshot, due = made.get("fingerprint"), []
     for encoder in encoders:

@@ -12,8 +12,10 @@ import dagster as dg
 
 # Not public, but the only way to what Dagster's own pages show of partitions.
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 
+from graft_pipeline import rules
 from graft_pipeline.incremental import RegionState
 from graft_pipeline.partitions import REGION_PARTITIONS
 
@@ -154,6 +156,17 @@ def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> tuple[datetime | N
         return None, {}
     metadata = records[0].asset_materialization.metadata
     return datetime.fromtimestamp(records[0].timestamp, UTC), {n: v.value for n, v in metadata.items()}
+
+
+def failed_checks(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
+    """Checks of an unpartitioned asset that its latest data failed and that block what lies downstream, sorted.
+
+    Dagster itself holds back only steps of the same run.
+    """
+    keys = [dg.AssetCheckKey(key, name) for name in rules.DESCRIPTIONS if name not in rules.WARNINGS]
+    found = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+    failed = AssetCheckExecutionRecordStatus.FAILED
+    return sorted(check.name for check, record in found.items() if record.status == failed)
 
 
 def data_versions(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, str]:

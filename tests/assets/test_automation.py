@@ -175,6 +175,25 @@ def test_training_follows_pairs_and_training_sets_that_changed(
     assert wanted(cursor)[0] == [], "other pairs, the same training set"
 
 
+def test_nothing_is_trained_on_a_training_set_that_failed_a_check(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1")
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    report(deployment, "naip/pairs", REGION, "1")
+    cursor = due(deployment, "train_on_change", None).cursor
+
+    def judge(*, passed: bool) -> list[str]:
+        report(deployment, "naip/training_set", fingerprint="a")
+        key = dg.AssetKey(["naip", "training_set"])
+        deployment.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(key, "split_disjointness", passed=passed, metadata={})
+        )
+        found = due(deployment, "train_on_change", cursor)
+        return [key.path[-1] for request in found.run_requests for key in request.asset_selection]
+
+    assert judge(passed=False) == []
+    assert judge(passed=True) == ["image_encoder", "pixel_encoder"]
+
+
 def test_training_keeps_its_interval_and_starts_nothing_twice(deploy: Deploy) -> None:
     deployment = deploy(sensors=NAIP, training_min_interval_hours="1")
     deployment.instance.add_dynamic_partitions("region", [REGION])
