@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import dagster as dg
 import pytest
@@ -30,7 +31,7 @@ def overpass(tiles):
 def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path):
     file, root = tmp_path / "overpass.json", tmp_path / "deployment-1" / "data"
     settings = {"osm_file": str(file), "evaluation_data": {"naip_osm": str(root)}}
-    deployment = deploy(planet_url=planet.url, **settings)
+    deployment = deploy(planet_url=planet.url, validation_fraction="0.5", **settings)
     deployment.register(-71.74, 42.26, -71.73, 42.27)
     deployment.collect(REGION, "naip")
     tiles = deployment.storage.read(schemas.TILES, sensor="naip", region=REGION)
@@ -49,7 +50,9 @@ def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path
     assert [check.passed for check in done.get_asset_check_evaluations()] == [True]
     metadata = deployment.metadata("evaluation/naip_osm")
     assert metadata[f"mAP/{OURS}"].value == metadata["mAP/foundation (CLIP)"].value > 0
-    assert metadata["images"].value > 3
+    splits = Counter(tiles["split"].to_pylist())
+    assert metadata["images"].value == splits["validation"] > 3
+    assert metadata["left_out/tile of the split train"].value == splits["train"] > 0
     report = (root / "evaluation" / "report.md").read_text()
     assert f"| {OURS} | zero-shot |  |  |" in report
     assert "NAIP-OSM mAP@20" in report

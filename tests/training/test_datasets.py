@@ -9,8 +9,14 @@ import pytest
 import rasterio
 from PIL import Image
 from scipy.io import savemat
+from upath import UPath
 
+from graft_pipeline.chips import encode
 from graft_pipeline.errors import DataError, InputError
+from graft_pipeline.geometry import Grid
+from graft_pipeline.manifests import partition_file, write_table
+from graft_pipeline.schemas import CHIPS, OSM_LABELS, TILES
+from graft_pipeline.shards import ShardWriter
 from training.zero_shot.datasets import (
     EUROSAT_CLASSES,
     SAT_CLASSES,
@@ -18,6 +24,7 @@ from training.zero_shot.datasets import (
     open_image_set,
     read_bigearthnet,
     read_eurosat,
+    read_osm_labels,
     read_sat,
 )
 from training.zero_shot.prompts import load_prompts
@@ -244,6 +251,60 @@ def test_sat_files_that_are_none(tmp_path):
     savemat(tmp_path / "odd.mat", {"test_x": np.zeros((28, 28, 3, 2), np.uint8), "test_y": np.eye(4)[:, :2]})
     with pytest.raises(DataError, match="28, 28, 4"):
         read_sat(tmp_path / "odd.mat")
+
+
+# --- NAIP-OSM ---
+
+
+def naip_osm(root, splits):
+    """A region's tiles by split (None: labelled once, and no tile any more); their chips' grey is their number."""
+    place = {"sensor": "naip", "region": "N42W072"}
+    rows = {dataset: [] for dataset in (TILES, CHIPS, OSM_LABELS)}
+    folder = partition_file(root, CHIPS, **place).parent
+    folder.mkdir(parents=True)
+    with ShardWriter(folder, "chips-00000.tar") as shard:
+        for number, split in enumerate(splits):
+            tile = {"tile_id": f"tile-{number}"}
+            chip = encode(
+                np.full((448, 448, 3), number, np.uint8), Grid(32619, 500_000, 4_700_000, 1.0, 448, 448)
+            )
+            at = shard.add(f"{tile['tile_id']}.tif", chip)
+            held = {"shard": "chips-00000.tar", "offset": at.offset, "size_bytes": at.size_bytes}
+            rows[CHIPS].append(tile | held | {"status": "ok"})
+            labels = ["forest", "water"] if number % 2 else ["forest"]
+            rows[OSM_LABELS].append(tile | {"labels": labels, "single_label": "forest"})
+            if split is not None:
+                rows[TILES].append(tile | {"split": split})
+    for dataset, of in rows.items():
+        nothing = {
+            field.name: None if field.nullable else "" if pa.types.is_string(field.type) else 0
+            for field in dataset.schema
+        } | ({"shares": []} if dataset is OSM_LABELS else {})
+        full = [nothing | row for row in of]
+        write_table(
+            partition_file(root, dataset, **place), pa.Table.from_pylist(full, schema=dataset.schema), dataset
+        )
+
+
+def test_naip_osm_is_what_the_encoders_have_not_learned(tmp_path):
+    splits = ["train", "validation", "guard", "validation", "train", None]
+    naip_osm(UPath(tmp_path), splits)
+    for name in ("naip_osm", "naip_osm_single"):
+        made = open_image_set(name, tmp_path)
+        assert made.ids == ("tile-1", "tile-3")
+        assert made.skipped == {
+            "tile of the split train": 2,
+            "tile of the split guard": 1,
+            "no tile any more": 1,
+        }
+        assert made.read(1).shape == (224, 224, 3)
+        assert (made.read(1) == 3).all()
+
+
+def test_naip_osm_of_training_tiles_alone_is_refused(tmp_path):
+    naip_osm(UPath(tmp_path), ["train", "train"])
+    with pytest.raises(InputError, match="validation split .*'tile of the split train': 2"):
+        read_osm_labels(tmp_path)
 
 
 # --- by name ---

@@ -81,6 +81,24 @@ def test_low_resolution_masks_are_as_large_as_the_images(tmp_path):
     assert image[0, 0, 0] == 7
 
 
+def test_of_a_tiles_images_the_newest_good_one_is_read(high, caplog):
+    x, y = 2273 * 16, 3482 * 16
+    old, new = "m_2508008_nw_17_1_20131013", "m_2508008_nw_17_1_20151013"
+    read_satlas(high, "high")
+    assert "good_images_highres_all.json is missing: cloudy and black images are scored too" in caplog.text
+    listing = high / "metadata" / "good_images_highres_all.json"
+    # The newest image of the first place is cloudy; what is listed and not downloaded is nothing.
+    listing.write_text(json.dumps([[x, y, old], [x, y + 1, new], [x, y, "m_2508008_nw_17_1_20191013"]]))
+    caplog.clear()
+    assert read_satlas(high, "high").ids == (f"{old}/{x}_{y}", f"{new}/{x}_{y + 1}")
+    assert "good_images" not in caplog.text
+    listing.write_text(json.dumps([[x, y + 1, new]]))
+    assert read_satlas(high, "high").ids == (f"{new}/{x}_{y + 1}",)
+    listing.write_text("[[1, 2")
+    with pytest.raises(InputError, match="download the metadata of SatlasPretrain again"):
+        read_satlas(high, "high")
+
+
 def test_scores_are_scikit_learns(high, toy_world):
     masks = read_satlas(high, "high")
     segmenter = PatchSegmenter("clip", load_clip(toy_world.architecture))

@@ -24,7 +24,7 @@ from graft_pipeline.chips import decode, to_uint8
 from graft_pipeline.errors import DataError, InputError
 from graft_pipeline.imagery import SENTINEL2
 from graft_pipeline.manifests import partition_folder, read_table
-from graft_pipeline.schemas import CHIPS, OSM_LABELS
+from graft_pipeline.schemas import CHIPS, OSM_LABELS, TILES
 from graft_pipeline.shards import read_member
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,8 @@ def read_osm_labels(
 ) -> ImageSet:
     """NAIP-OSM: tiles of a deployment labelled from OpenStreetMap (paper, appendix C.2), the footprint of each.
 
+    Only tiles of the validation split: the deployment's encoders have learned the images of the others.
+
     Args:
         root: storage root in which `osm_labels` was materialised.
         sensor: whose tiles.
@@ -214,10 +216,10 @@ def read_osm_labels(
         crop_px: side of the footprint in chip pixels.
 
     Returns:
-        The set, over all regions that have labels.
+        The set, over all regions that have labels; tiles of other splits are counted in `skipped`.
 
     Raises:
-        InputError: if no region has labels.
+        InputError: if no tile of the validation split has labels and a chip.
     """
     samples: list[tuple[Path, dict[str, Any]]] = []
     written: list[list[str]] = []
@@ -225,17 +227,27 @@ def read_osm_labels(
     for file in sorted(
         (root / OSM_LABELS.name / f"sensor={sensor}").glob(f"region=*/{OSM_LABELS.name}.parquet")
     ):
-        folder = partition_folder(root, CHIPS, sensor=sensor, region=file.parent.name.removeprefix("region="))
+        place = {"sensor": sensor, "region": file.parent.name.removeprefix("region=")}
+        folder = partition_folder(root, CHIPS, **place)
         chips = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
         places = (
             {}
             if chips is None
             else {row["tile_id"]: row for row in chips.to_pylist() if row["status"] == "ok"}
         )
+        tiles = read_table(partition_folder(root, TILES, **place) / f"{TILES.name}.parquet", TILES)
+        splits = (
+            {}
+            if tiles is None
+            else dict(zip(*tiles.select(["tile_id", "split"]).to_pydict().values(), strict=True))
+        )
         labels = read_table(file, OSM_LABELS)
         for row in [] if labels is None else labels.to_pylist():
             own = row["labels"] if is_multi_label else [name for name in [row["single_label"]] if name]
-            if not own:
+            split = splits.get(row["tile_id"])
+            if split != "validation":
+                skipped["no tile any more" if split is None else f"tile of the split {split}"] += 1
+            elif not own:
                 skipped["no label" if is_multi_label else "no class dominates"] += 1
             elif row["tile_id"] not in places:
                 skipped["no chip"] += 1
@@ -244,9 +256,9 @@ def read_osm_labels(
                 written.append(own)
     if not samples:
         raise InputError(
-            f"{root} has no labelled tiles of {sensor}: download an OpenStreetMap extract "
-            "(https://download.geofabrik.de), name it as GRAFT_OSM_FILE, materialise osm_labels, and give the storage "
-            "root."
+            f"{root} has no labelled tiles of {sensor} in the validation split (left out: {dict(skipped)}): download "
+            "an OpenStreetMap extract (https://download.geofabrik.de), name it as GRAFT_OSM_FILE, materialise "
+            "osm_labels, and give the storage root."
         )
     classes = tuple(sorted({name for own in written for name in own}))
 

@@ -5,8 +5,9 @@ Labelled images without masks are in datasets.py; how masks are scored, in evalu
 
 import json
 import logging
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -58,8 +59,9 @@ class MaskSet:
 def read_satlas(folder: Path, resolution: Literal["high", "low"]) -> MaskSet:
     """Satlas's land-cover task on the test split (Bastani et al., 2023).
 
-    Of each tile the most recent image is used, as its authors say of slow-changing labels. Classes that no test mask
-    shows are left out (paper, section 4.2: three of eleven).
+    Of each tile the most recent image is used, as its authors say of slow-changing labels, among those that
+    `good_images_{lowres,highres}_all.json` lists: the others are cloudy, or black where nothing was taken. Classes that
+    no test mask shows are left out (paper, section 4.2: three of eleven).
 
     Args:
         folder: `satlas_root`, with `metadata/`, `static/` and `naip/` or `sentinel2/`.
@@ -70,7 +72,7 @@ def read_satlas(folder: Path, resolution: Literal["high", "low"]) -> MaskSet:
         The set.
 
     Raises:
-        InputError: if there is no such set, or no test tile has both image and mask.
+        InputError: if there is no such set, its lists cannot be read, or no test tile has both image and mask.
     """
     images = "naip" if resolution == "high" else "sentinel2"
     listing = folder / "metadata" / f"test_{resolution}res.json"
@@ -82,7 +84,7 @@ def read_satlas(folder: Path, resolution: Literal["high", "low"]) -> MaskSet:
             "of SatlasPretrain (https://github.com/allenai/satlas/blob/main/SatlasPretrain.md) into one folder."
         ) from error
     skipped: Counter[str] = Counter()
-    newest = _newest_images(folder, images)
+    newest = _newest_images(folder, images, _good_images(folder, resolution))
     per_label = _IMAGES_PER_LABEL if resolution == "high" else 1
     samples: list[tuple[Path, Path, tuple[int, int]]] = []
     present = np.zeros(len(SATLAS_CLASSES) + 1, dtype=bool)
@@ -141,8 +143,30 @@ MASK_READERS: dict[str, Callable[[Path], MaskSet]] = {
 }
 
 
-def _newest_images(folder: Path, images: str) -> dict[tuple[int, int], Path]:
-    """The most recent true-colour image of every (column, row)."""
+def _good_images(folder: Path, resolution: str) -> set[tuple[int, int, str]] | None:
+    """(column, row, image) of the images that are neither cloudy nor black; None where no list of them lies."""
+    listing = folder / "metadata" / f"good_images_{resolution}res_all.json"
+    if not listing.exists():
+        logger.warning(
+            "%s is missing: cloudy and black images are scored too; download the metadata of SatlasPretrain",
+            listing,
+        )
+        return None
+    try:
+        return {
+            (int(column), int(row), sys.intern(image))
+            for column, row, image in json.loads(listing.read_text(encoding="utf-8"))
+        }
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{listing} cannot be read ({error}): download the metadata of SatlasPretrain again."
+        ) from error
+
+
+def _newest_images(
+    folder: Path, images: str, good: Container[tuple[int, int, str]] | None
+) -> dict[tuple[int, int], Path]:
+    """The most recent true-colour image of every (column, row), among the good ones if they are known."""
     try:
         times = json.loads((folder / "metadata" / "image_times.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -155,6 +179,8 @@ def _newest_images(folder: Path, images: str) -> dict[tuple[int, int], Path]:
             try:
                 column, row = (int(part) for part in file.stem.split("_"))
             except ValueError:
+                continue
+            if good is not None and (column, row, scene.name) not in good:
                 continue
             if (column, row) not in newest or newest[column, row][0] <= taken:
                 newest[column, row] = (taken, file)
