@@ -209,6 +209,13 @@ class FoundationModel:
         tag = {} if has_scheme else get_pretrained_cfg(architecture.replace("/", "-"), self.pretrained)
         # open_clip only warns when a tag's weights want QuickGELU and its architecture has plain GELU.
         quick_gelu = bool(tag.get("quick_gelu", False))
+        twin = f"{architecture.replace('/', '-')}-quickgelu"
+        if not has_scheme and Path(self.pretrained or "").is_file() and twin in open_clip.list_models():
+            logger.warning(
+                "%s from a file has plain GELU: name %s if its weights were trained with QuickGELU, as OpenAI's were",
+                architecture,
+                twin,
+            )
         device = self._device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,8 +233,8 @@ class FoundationModel:
         except (RuntimeError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
             raise SettingsError(
                 f"The foundation model {self.name} cannot be loaded: {error}. Check "
-                "GRAFT_FOUNDATION_ARCHITECTURE and GRAFT_FOUNDATION_PRETRAINED; offline, name a checkpoint "
-                "file or a local-dir: folder."
+                "GRAFT_FOUNDATION_ARCHITECTURE and GRAFT_FOUNDATION_PRETRAINED; offline, name a local-dir: folder or "
+                "a checkpoint file; with a file of OpenAI's weights name ViT-B-16-quickgelu, not ViT-B-16."
             ) from error
         if quick_gelu:
             config["quick_gelu"] = True

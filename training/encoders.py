@@ -93,7 +93,9 @@ def load_clip(architecture: str, pretrained: str | None = None, device: str | to
     Args:
         architecture: open_clip architecture, `local-dir:` and a folder (a path, or any URL that fsspec
             opens), or `hf-hub:owner/name`.
-        pretrained: pretrained tag or checkpoint file; must be None for `local-dir:` and `hf-hub:`.
+        pretrained: pretrained tag or checkpoint file; must be None for `local-dir:` and `hf-hub:`. A file does not
+            say which GELU its weights were trained with: those of OpenAI need an architecture like
+            `ViT-B-16-quickgelu`.
         device: where to put it.
 
     Returns:
@@ -109,6 +111,13 @@ def load_clip(architecture: str, pretrained: str | None = None, device: str | to
     # GELU (ViT-B-16 with `openai`), and is then quietly worse.
     tag = {} if has_scheme else get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
     quick_gelu = bool(tag.get("quick_gelu", False))
+    twin = f"{architecture.replace('/', '-')}-quickgelu"
+    if not has_scheme and Path(pretrained or "").is_file() and twin in open_clip.list_models():
+        logger.warning(
+            "%s from a file has plain GELU: name %s if its weights were trained with QuickGELU, as OpenAI's were",
+            architecture,
+            twin,
+        )
     try:
         with _local_folder(architecture) as local:
             model_config = open_clip.get_model_config(local if has_scheme else local.replace("/", "-"))
@@ -123,7 +132,8 @@ def load_clip(architecture: str, pretrained: str | None = None, device: str | to
     except (RuntimeError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
         raise SettingsError(
             f"Cannot load {architecture} ({pretrained or 'own weights'}): {error}. "
-            "Check the name, or give a checkpoint file or a local-dir: folder if this machine is offline."
+            "Check the name, or give a local-dir: folder or a checkpoint file if this machine is offline; with a file "
+            "of OpenAI's weights name ViT-B-16-quickgelu, not ViT-B-16."
         ) from error
     if quick_gelu:
         model_config["quick_gelu"] = True

@@ -303,7 +303,7 @@ def test_naip_osm_is_what_the_encoders_have_not_learned(tmp_path):
 
 def test_naip_osm_of_training_tiles_alone_is_refused(tmp_path):
     naip_osm(UPath(tmp_path), ["train", "train"])
-    with pytest.raises(InputError, match="validation split .*'tile of the split train': 2"):
+    with pytest.raises(InputError, match=r"validation split .*'tile of the split train': 2"):
         read_osm_labels(tmp_path)
 
 

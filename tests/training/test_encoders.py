@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from graft_pipeline.errors import InputError, SettingsError
+from resources.foundation import FoundationModel
 from training.encoders import (
     Clip,
     encode_images,
@@ -195,3 +196,20 @@ def test_quick_gelu_follows_the_pretrained_tag(tmp_path, monkeypatch):
     assert built["quick_gelu"]
     assert clip.model_config["quick_gelu"]
     assert isinstance(clip.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+
+
+def test_a_file_of_weights_needs_the_architecture_that_says_quickgelu(tmp_path, monkeypatch, caplog):
+    small = SMALL.model_config()
+    known = {"ViT-B-16": small, "ViT-B-16-quickgelu": small | {"quick_gelu": True}}
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", open_clip.factory._MODEL_CONFIGS | known)
+    file = tmp_path / "ViT-B-16.safetensors"
+    save_file(open_clip.CLIP(**small).state_dict(), file)
+    load_clip("ViT-B-16-quickgelu", str(file))
+    FoundationModel("ViT-B-16-quickgelu", str(file), device="cpu").model_id  # noqa: B018 -- loads it
+    assert "plain GELU" not in caplog.text
+    for load in (load_clip, lambda *named: FoundationModel(*named, device="cpu").model_id):
+        caplog.clear()
+        load("ViT-B-16", str(file))
+        assert "plain GELU: name ViT-B-16-quickgelu if" in caplog.text
+        with pytest.raises(SettingsError, match="OpenAI's weights name ViT-B-16-quickgelu"):
+            load("ViT-B-16", str(tmp_path / "missing.pt"))

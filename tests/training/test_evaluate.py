@@ -1,5 +1,7 @@
 """Scores of image sets, against plain loops over the definitions; images are the planet's, in published formats."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +13,11 @@ from scipy.io import savemat
 
 from graft_pipeline.errors import InputError, SettingsError
 from graft_pipeline.geometry import Grid, Projection
+from resources.foundation import FoundationModel
 from resources.planet.world import World
 from training.encoders import load_clip
 from training.foundation import FoundationConfig, new_clip
+from training.zero_shot.benchmarks import foundation_spec
 from training.zero_shot.classify import class_embeddings
 from training.zero_shot.contenders import Contender, open_contender
 from training.zero_shot.datasets import EUROSAT_CLASSES, ImageSet, open_image_set
@@ -223,6 +227,81 @@ def test_torchvisions_backbones_lose_their_classifier(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     loaded = open_contender(f"torchvision:resnet18:{tmp_path / 'weights.pth'}")
     assert loaded.encode(np.zeros((2, 224, 224, 3), np.uint8)).shape == (2, 512)
+
+
+def test_seco_and_caco_are_loaded_as_published(tmp_path):
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model = get_model("resnet18", weights=None)
+    # Their MoCo keeps the encoder as a Sequential of a ResNet's children, without names.
+    encoder = torch.nn.Sequential(*list(model.children())[:-1], torch.nn.Flatten()).eval()
+    moco = {
+        f"{side}.{key}": value
+        for side in ("encoder_q", "encoder_k")
+        for key, value in encoder.state_dict().items()
+    }
+    moco |= {"heads_q.0.0.weight": torch.zeros(128, 512), "queue": torch.zeros(3, 128, 8)}
+    torch.save({"epoch": 3, "state_dict": moco}, tmp_path / "seco_resnet18_1m.ckpt")
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    for kind in ("torchvision", "timm"):
+        loaded = open_contender(f"SeCo={kind}:resnet18:{tmp_path / 'seco_resnet18_1m.ckpt'}")
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (loaded.mean, loaded.std))
+        expected = encoder((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+        expected = torch.nn.functional.normalize(expected, dim=1).detach().numpy()
+        assert loaded.encode(images) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "head"),
+    [
+        ("swin_v2_t", "backbone.backbone.", "head"),
+        ("resnet18", "backbone.resnet.", "fc"),
+        ("resnet18", "backbone.backbone.resnet.", "fc"),
+    ],
+)
+def test_satlas_is_loaded_as_published_and_sees_pixels_from_0_to_1(tmp_path, architecture, prefix, head):
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model = get_model(architecture, weights=None)
+    setattr(model, head, torch.nn.Identity())
+    published = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    published |= {
+        "fpn.layer_blocks.0.0.weight": torch.zeros(2, 2),
+        "heads.0.layers.0.0.weight": torch.zeros(2, 2),
+    }
+    torch.save(published, tmp_path / "satlas.pth")
+    loaded = open_contender(f"Satlas=torchvision:{architecture}:{tmp_path / 'satlas.pth'}")
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    expected = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+    expected = torch.nn.functional.normalize(expected, dim=1).detach().numpy()
+    assert loaded.encode(images) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_path_may_hold_what_ends_a_name(toy_world, tmp_path):
+    folder = tmp_path / "sensor=naip" / "image_encoder" / "encoder"
+    shutil.copytree(toy_world.foundation, folder)
+    unnamed = open_contender(f"folder:{folder}")
+    assert (unnamed.name, unnamed.image_px) == (f"folder:{folder}", 16)
+    assert open_contender(f"ours=folder:{folder}").name == "ours"
+    assert open_contender(f"seed=1=folder:{folder}").name == "seed=1"
+
+
+def test_a_foundation_model_of_the_hub_is_a_contender(toy_world, tmp_path, monkeypatch):
+    # The hub's own cache, as a download leaves it.
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(toy_world.foundation, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # GRAFT_FOUNDATION_PRETRAINED has a default, which a model of the hub has no use for.
+    spec = foundation_spec(FoundationModel("hf-hub:owner/name", "openai"))
+    loaded = open_contender(spec)
+    assert (loaded.name, loaded.image_px) == ("foundation (CLIP)", 16)
+    own = Contender.of_clip("own", load_clip(toy_world.architecture))
+    assert np.array_equal(loaded.encode_texts(["red"]), own.encode_texts(["red"]))
 
 
 def test_clips_are_loaded_from_folders_and_checkpoints(toy_world, tmp_path):

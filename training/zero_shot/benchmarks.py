@@ -191,10 +191,11 @@ def foundation_spec(foundation: Foundation) -> str:
     Returns:
         Its spec.
     """
-    folder = foundation.architecture.removeprefix("local-dir:")
-    what = (
-        f"folder:{folder}"
-        if folder != foundation.architecture
-        else f"open_clip:{foundation.architecture}:{foundation.pretrained or ''}"
-    )
+    architecture = foundation.architecture
+    if architecture.startswith("local-dir:"):
+        what = f"folder:{architecture.removeprefix('local-dir:')}"
+    elif architecture.startswith("hf-hub:"):
+        what = f"open_clip:{architecture}"
+    else:
+        what = f"open_clip:{architecture}:{foundation.pretrained or ''}"
     return f"foundation (CLIP)={what}"

@@ -3,6 +3,7 @@
 What they are compared on is in datasets.py, how in evaluate.py; our own encoders are CLIPs like any other.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,19 @@ from training.encoders import Clip, encode_texts, image_features, load_clip, to_
 
 #: What torchvision's and most of timm's backbones expect.
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_KINDS = ("folder", "open_clip", "timm", "torchvision")
-#: Prefixes under which published checkpoints keep the backbone (MoCo, SeCo and CACo, Lightning, DataParallel, Satlas).
+#: What Satlas's expect: 0 to 1 (https://github.com/allenai/satlas/blob/main/Normalization.md).
+_SATLAS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+_KIND = "(folder|open_clip|timm|torchvision)"
+#: A name may hold `=`, and so may a path: only before a kind does it end a name.
+_SPEC = re.compile(rf"(?:(?!{_KIND}:)(?P<name>.+?)=)?(?P<kind>{_KIND}):(?P<what>.+)")
+#: Prefixes under which Satlas keeps the backbone: Swin or ResNet, for single images or for series of them.
+_SATLAS_PREFIXES = (
+    "backbone.backbone.backbone.", "backbone.backbone.resnet.", "backbone.backbone.", "backbone.resnet.",
+)  # fmt: skip
+#: Prefixes of other published checkpoints (MoCo, SeCo and CACo, Lightning, DataParallel).
 _PREFIXES = ("module.encoder_q.", "encoder_q.", "backbone.", "model.", "module.", "encoder.", "0.")
+#: Parts of a ResNet by their number in a Sequential of its children, as which SeCo and CACo keep it.
+_RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +129,9 @@ def open_contender(spec: str, device: str = "cpu") -> Contender:
 
     Args:
         spec: `NAME=KIND:WHAT[:WEIGHTS]`, NAME and `=` may be left out. KIND is `folder` (an open_clip folder, such
-            as our encoders'), `open_clip` (architecture and pretrained tag or checkpoint file: CLIP, RemoteCLIP,
-            CLIP-RSICD, GeoRSCLIP), `timm` or `torchvision` (architecture and checkpoint file: SeCo, CACo, Satlas).
+            as our encoders'), `open_clip` (architecture and pretrained tag or checkpoint file, or
+            `hf-hub:owner/name`: CLIP, RemoteCLIP, CLIP-RSICD, GeoRSCLIP), `timm` or `torchvision` (architecture and
+            checkpoint file: SeCo, CACo, Satlas).
         device: where to put it.
 
     Returns:
@@ -129,17 +141,17 @@ def open_contender(spec: str, device: str = "cpu") -> Contender:
         InputError: if the spec is malformed.
         SettingsError: if the model or its weights cannot be had.
     """
-    name, separator, rest = spec.partition("=")
-    if not separator:
-        name, rest = spec, spec
-    kind, separator, what = rest.partition(":")
-    if not separator or kind not in _KINDS or not what:
+    found = _SPEC.fullmatch(spec)
+    if found is None:
         raise InputError(
             f"{spec!r} names no model: write NAME=folder:PATH, NAME=open_clip:ViT-B-32:openai, "
             "NAME=timm:resnet50:weights.pth or NAME=torchvision:swin_v2_b:weights.pth."
         )
+    name, kind, what = found["name"] or spec, found["kind"], found["what"]
     if kind == "folder":
         return Contender.of_clip(name, load_clip(f"local-dir:{what}", device=device))
+    if kind == "open_clip" and what.startswith(("hf-hub:", "local-dir:")):
+        return Contender.of_clip(name, load_clip(what, device=device))
     architecture, _, weights = what.partition(":")
     if kind == "open_clip":
         return Contender.of_clip(name, load_clip(architecture, weights or None, device))
@@ -156,16 +168,14 @@ def _timm(name: str, architecture: str, weights: Path | None, device: str) -> Co
         raise SettingsError(
             f"timm has no {architecture}, or its weights cannot be had ({error}): name a checkpoint file."
         ) from error
-    if weights is not None:
-        load_backbone_weights(model, weights)
     config = model.pretrained_cfg
-    side = int(config["input_size"][-1])
+    own = {key: tuple(config[key]) for key in ("mean", "std")}
+    is_satlas = weights is not None and load_backbone_weights(model, weights)
     return Contender(
         name,
-        side,
+        int(config["input_size"][-1]),
         backbone=model.eval().to(device),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        **(_SATLAS if is_satlas else own),
     )
 
 
@@ -183,18 +193,20 @@ def _torchvision(name: str, architecture: str, weights: Path | None, device: str
         if hasattr(model, head):
             setattr(model, head, nn.Identity())
             break
-    if weights is not None:
-        load_backbone_weights(model, weights)
-    return Contender(name, 224, backbone=model.eval().to(device))
+    is_satlas = weights is not None and load_backbone_weights(model, weights)
+    return Contender(name, 224, backbone=model.eval().to(device), **(_SATLAS if is_satlas else _IMAGENET))
 
 
-def load_backbone_weights(model: nn.Module, file: Path) -> None:
+def load_backbone_weights(model: nn.Module, file: Path) -> bool:
     """Load a backbone's weights from a published checkpoint, whatever it is wrapped in.
 
     Args:
         model: without its classifier.
         file: safetensors, or a PyTorch file of tensors: a state dict, or a dictionary that has one under
             `state_dict`, `model` or `teacher`. It is loaded without running code of the file.
+
+    Returns:
+        Whether they lay there as Satlas's do, whose models want pixels from 0 to 1 and no other normalisation.
 
     Raises:
         SettingsError: if it cannot be read, or holds not every weight of the model.
@@ -203,19 +215,24 @@ def load_backbone_weights(model: nn.Module, file: Path) -> None:
         content = _tensors(file)
     except (OSError, RuntimeError, UnpicklingError, SafetensorError, EOFError, KeyError) as error:
         raise SettingsError(
-            f"{file} holds no weights that can be read ({error}): download it again."
+            f"{file} holds no weights that can be read ({error}): download it again; if it holds more than tensors, "
+            "save its state_dict alone."
         ) from error
     wanted = model.state_dict()
     best: dict[str, Tensor] = {}
-    for prefix in ("", *_PREFIXES):
-        found = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in content.items()
-            if key.startswith(prefix)
-            and key.removeprefix(prefix) in wanted
-            and wanted[key.removeprefix(prefix)].shape == tensor.shape
+    is_satlas = False
+    for prefix in ("", *_PREFIXES, *_SATLAS_PREFIXES):
+        inside = {
+            key.removeprefix(prefix): tensor for key, tensor in content.items() if key.startswith(prefix)
         }
-        best = max(best, found, key=len)
+        for named in (inside, {_by_name(key): tensor for key, tensor in inside.items()}):
+            fits = {
+                key: tensor
+                for key, tensor in named.items()
+                if key in wanted and wanted[key].shape == tensor.shape
+            }
+            if len(fits) > len(best):
+                best, is_satlas = fits, prefix in _SATLAS_PREFIXES
     missing = [key for key in wanted if key not in best and not key.endswith("num_batches_tracked")]
     if missing:
         raise SettingsError(
@@ -223,6 +240,13 @@ def load_backbone_weights(model: nn.Module, file: Path) -> None:
             "name the architecture that it was made for."
         )
     model.load_state_dict(best, strict=False)
+    return is_satlas
+
+
+def _by_name(key: str) -> str:
+    """`layer1.0.conv1.weight` of `4.0.conv1.weight`; other keys as they are."""
+    part, dot, rest = key.partition(".")
+    return _RESNET_PARTS.get(part, part) + dot + rest
 
 
 def _tensors(file: Path) -> Mapping[str, Tensor]:
