@@ -158,7 +158,8 @@ def warp(
         height_px: rows.
 
     Returns:
-        (bands, height_px, width_px) in the raster's type; 0 outside of it and where it has no data.
+        (bands, height_px, width_px) in the raster's type; 0 outside of it and where it has no data: by its nodata
+        value (in all of these bands), by its mask, or where its alpha band is 0. Values that are not finite stay.
 
     Raises:
         rasterio.errors.RasterioError: if it cannot be read.
@@ -166,16 +167,40 @@ def warp(
     import rasterio
     from rasterio.warp import Resampling, reproject
 
-    out = np.zeros((len(numbers), height_px, width_px), source.dtypes[numbers[0] - 1])
-    reproject(
-        rasterio.band(source, list(numbers)),
-        out,
-        dst_transform=affine,
-        dst_crs=crs,
-        dst_nodata=0,
-        resampling=Resampling.nearest,
-    )
-    return out
+    def warped(these: list[int]) -> NDArray[Any]:
+        out = np.zeros((len(these), height_px, width_px), source.dtypes[these[0] - 1])
+        reproject(
+            rasterio.band(source, these),
+            out,
+            dst_transform=affine,
+            dst_crs=crs,
+            resampling=Resampling.nearest,
+        )
+        return out
+
+    bands = warped(list(numbers))
+    # rasterio fills what has no data with the raster's nodata value: it takes a 0 to fill with for none given.
+    if source.nodata is not None:
+        blank = np.isnan(bands) if np.isnan(source.nodata) else bands == np.array(source.nodata, bands.dtype)
+        bands[:, blank.all(axis=0)] = 0
+    # Warped by itself: as GDAL's alpha of the others it would darken those that it makes translucent.
+    if alpha := _alpha_band(source, numbers):
+        bands[:, warped([alpha])[0] == 0] = 0
+    return bands
+
+
+def _alpha_band(source: Any, numbers: Sequence[int]) -> int:
+    """Number of a raster's alpha band; 0 without one.
+
+    GDAL takes the fourth band of many files for alpha that is near infrared: one that is asked for, or that has
+    another description, is none.
+    """
+    from rasterio.enums import ColorInterp
+
+    for number, (kind, said) in enumerate(zip(source.colorinterp, source.descriptions, strict=True), start=1):
+        if kind == ColorInterp.alpha and number not in numbers and "alpha" in (said or "alpha").lower():
+            return number
+    return 0
 
 
 def cut(parts: Sequence[tuple[Any, int]], grid: Grid) -> NDArray[Any]:

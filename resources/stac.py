@@ -610,8 +610,8 @@ def _is_wanted(scene: Mapping[str, Any], sensor: Sensor, first: datetime, last: 
 def _shifted(chip: NDArray[Any], item: Mapping[str, Any], sensor: Sensor) -> NDArray[Any]:
     """A chip's values on the scale of Sentinel-2's older processing baselines.
 
-    Only valid values are shifted, and none becomes 0, which means no data. Earth Search says in
-    `earthsearch:boa_offset_applied` that it did this already.
+    Only valid values are shifted, and none becomes 0, which means no data; values that are not finite stay. Earth
+    Search says in `earthsearch:boa_offset_applied` that it did this already.
     """
     baseline, is_done = (item["properties"][name] for name in _BASELINE)
     if not sensor.offset or is_done:
@@ -624,6 +624,7 @@ def _shifted(chip: NDArray[Any], item: Mapping[str, Any], sensor: Sensor) -> NDA
         return chip
     reflectance = [name != sensor.mask_band for name in sensor.requested_bands]
     values = chip[..., reflectance]
-    moved = np.maximum(values.astype(np.int64) + sensor.offset, 1)
-    chip[..., reflectance] = np.where(values == 0, 0, moved).astype(chip.dtype)
+    is_valid = (values != 0) & np.isfinite(values)
+    moved = np.maximum(np.where(is_valid, values, 0).astype(np.int64) + sensor.offset, 1)
+    chip[..., reflectance] = np.where(is_valid, moved, values).astype(chip.dtype)
     return chip

@@ -460,6 +460,12 @@ def test_nodata_is_zero_in_every_band() -> None:
     assert not chips.quality(array, SMALL).suits(SMALL)
 
 
+def test_values_that_are_not_finite_are_no_data() -> None:
+    array = np.ones((4, 4, 3), np.float32)
+    array[0, 0], array[1, 1, 2], array[2, 2] = np.nan, np.inf, 0
+    assert chips.quality(array, SMALL) == chips.Quality(3, None)
+
+
 def test_the_display_range_is_scaled_and_rounded() -> None:
     values = np.array([0, 1, 5, 6, 1500, 2999, 3000, 3001, 65535], dtype=np.uint16)
     scaled = chips.to_uint8(np.stack([values[None]] * 3, axis=-1), SENTINEL2)

@@ -14,6 +14,7 @@ import rasterio
 import shapely
 from rasterio.warp import Resampling, reproject
 
+from graft_pipeline.chips import quality
 from graft_pipeline.errors import InputError, ItemError, SettingsError
 from graft_pipeline.geometry import Grid, Projection, projection
 from graft_pipeline.imagery import Sensor
@@ -200,6 +201,68 @@ def test_bands_are_found_by_description_number_or_order(tmp_path: Path) -> None:
         chip = ImageryFolder(tmp_path).get_chip(sensor, "air/a_2019", grid)
         np.testing.assert_array_equal(chip, native[..., order])
     assert not listed(tmp_path), "R is none of its bands: it can serve no chip"
+
+
+def missing_px(root: Path, path: Path, change: Any, sensor: Sensor = SENSOR, **profile: Any) -> int:
+    """Pixels without data of a chip of 16 x 16, from a file whose array was changed; nothing else may change."""
+    write(path, nodata=None, **profile)
+    with rasterio.open(path, "r+") as file:
+        pixels = file.read()
+        change(pixels)
+        file.write(pixels)
+    chip = ImageryFolder(root).get_chip(sensor, "air/a_2019", Grid(26919, X0 + 40, Y0 - 40, 2.0, 16, 16))
+    found = quality(chip, sensor)
+    native = np.moveaxis(pixels[:3, 20:36, 20:36], 0, -1)
+    has_data = (chip[..., :3] != 0).any(axis=-1)
+    np.testing.assert_array_equal(chip[has_data][..., :3], native[has_data])
+    return found.nodata_px
+
+
+def test_transparent_pixels_are_missing_whatever_their_colour(tmp_path: Path) -> None:
+    def white_and_transparent(pixels: Any) -> None:
+        pixels[:3, 22:24, 25] = 255
+        pixels[3] = 255
+        pixels[3, 22:24, 25] = 0
+        pixels[3, 30, 20:36] = 1
+
+    path = tmp_path / "air" / "a_2019.tif"
+    assert missing_px(tmp_path, path, white_and_transparent, alpha="yes") == 2
+
+
+def test_near_infrared_that_is_taken_for_alpha_hides_nothing(tmp_path: Path) -> None:
+    def dark(pixels: Any) -> None:
+        pixels[3, 22:24, 25] = 0
+
+    path, said = tmp_path / "air" / "a_2019.tif", ("R", "G", "B", "N")
+    assert missing_px(tmp_path, path, dark, alpha="yes", names=said) == 0
+    # Without a name it is none only where it is asked for.
+    asked = Sensor(name="air", collection="air", bands=("R", "G", "B"), gsd_m=2.0, raw_bands=("N",))
+    assert missing_px(tmp_path, path, dark, asked, alpha="yes") == 0
+    assert missing_px(tmp_path, path, dark, alpha="yes") == 2
+
+
+def test_a_files_own_nodata_value_is_missing(tmp_path: Path) -> None:
+    def white(pixels: Any) -> None:
+        pixels[:, 22:24, 25] = 255
+        pixels[0, 30] = 255
+
+    path = tmp_path / "air" / "a_2019.tif"
+    assert missing_px(tmp_path, path, white) == 0
+    with rasterio.open(path, "r+") as file:
+        file.nodata = 255
+    grid = Grid(26919, X0 + 40, Y0 - 40, 2.0, 16, 16)
+    assert quality(ImageryFolder(tmp_path).get_chip(SENSOR, "air/a_2019", grid), SENSOR).nodata_px == 2
+
+
+def test_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
+    deep = Sensor(name="air", collection="air", bands=("R", "G", "B"), gsd_m=2.0, display_range=(0.0, 250.0))
+    path = write(tmp_path / "air" / "a_2019.tif", nodata=None, dtype="float32")
+    with rasterio.open(path, "r+") as file:
+        pixels = file.read()
+        pixels[:3, 22, 25], pixels[1, 23, 25] = np.nan, np.inf
+        file.write(pixels)
+    grid = Grid(26919, X0 + 40, Y0 - 40, 2.0, 16, 16)
+    assert quality(ImageryFolder(tmp_path).get_chip(deep, "air/a_2019", grid), deep).nodata_px == 2
 
 
 def test_failures_are_those_of_every_source(tmp_path: Path) -> None:
