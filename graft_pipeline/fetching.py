@@ -17,7 +17,14 @@ import pyarrow.compute as pc
 
 from graft_pipeline.manifests import conform, remove_partial_files, write_table
 from graft_pipeline.schemas import Dataset
-from graft_pipeline.shards import ShardWriter, StoredItem, next_shard_number, shard_name
+from graft_pipeline.shards import (
+    ShardWriter,
+    StoredItem,
+    next_shard_number,
+    shard_name,
+    spend_numbers,
+    spent_numbers,
+)
 from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -68,8 +75,9 @@ class StoredItems:
     """The index and the shards of one partition, grown together: a shard, then the index that names it.
 
     A process killed at any moment leaves an index that is right and at most one shard that no row names; the
-    next one overwrites it. Finished shards are never touched again. Which members a shard holds depends on what
-    is added alone: whoever adds the same after a kill (`unfinished` has it) makes the same shards.
+    next one overwrites it. Finished shards are never touched again, not even when the index names them no more.
+    Which members a shard holds depends on what is added alone: whoever adds the same after a kill (`unfinished` has
+    it) makes the same shards.
 
     Attributes:
         unfinished: items that are fetched but in no shard yet; `finish` and full shards drop them.
@@ -134,7 +142,8 @@ class StoredItems:
 
     def _store(self, stem: str, column: str, key: str, content: bytes) -> StoredItem:
         if stem not in self._writers:
-            number = next_shard_number(stem, self._table[column].to_pylist())
+            shards = pc.unique(self._table[column]).to_pylist()
+            number = next_shard_number(stem, shards, spent_numbers(self._folder).get(stem, 0))
             writer = ShardWriter(self._folder, shard_name(stem, number))
             writer.__enter__()
             self._writers[stem] = writer
@@ -151,7 +160,7 @@ class StoredItems:
         return table
 
     def _flush(self) -> pa.Table:
-        writers, rows = self._writers, self._rows
+        writers, rows, before = self._writers, self._rows, self._table
         self._writers, self._rows, self._members = {}, [], 0
         for writer in writers.values():
             writer.__exit__(None, None, None)
@@ -161,6 +170,7 @@ class StoredItems:
             kept = self._table.filter(pc.invert(pc.is_in(self._table[key], new[key].combine_chunks())))
             self._table = pa.concat_tables([kept.cast(self._dataset.schema), new])
         self._table = conform(self._table, self._dataset)
+        spend_numbers(self._folder, before, self._table)
         index = self._folder / f"{self._dataset.name}.parquet"
         self.is_changed |= write_table(index, self._table, self._dataset)
         self.unfinished.forget(row[self._dataset.key[0]] for row in rows)

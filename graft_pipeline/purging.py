@@ -29,7 +29,7 @@ from graft_pipeline.schemas import (
     TRAINING_PAIRS,
     Dataset,
 )
-from graft_pipeline.shards import blank_members
+from graft_pipeline.shards import blank_members, spend_numbers
 from graft_pipeline.training_sets import LATEST
 from graft_pipeline.unfinished import Unfinished
 
@@ -274,6 +274,7 @@ def _purge_partition(storage: Tables, dataset: Dataset, values: dict[str, str], 
             original = kept["duplicate_of"]
             original = pc.if_else(pc.is_in(original, gone), pa.scalar(None, pa.string()), original)
             kept = kept.set_column(names.index("duplicate_of"), "duplicate_of", original)
+        spend_numbers(storage.folder(dataset, **values), table, kept)
         storage.write(dataset, kept, **values)
     if "shard" in names:
         keys = set((tiles if "tile_id" in names else gone).to_pylist())

@@ -4,6 +4,7 @@ Which rows point into a shard is kept by ground_images.py and chips.py.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,14 +18,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
+import pyarrow.compute as pc
+
 from graft_pipeline.errors import DataError
-from graft_pipeline.manifests import atomic_local_file, is_local
+from graft_pipeline.manifests import atomic_local_file, is_local, write_bytes_atomic
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from upath import UPath
 
 #: Name of a member whose content was removed; WebDataset passes over names of this form.
 BLANK_NAME = "__purged__"
+
+#: File of a partition that says which numbers of shards are spent; there only where its index does not tell.
+SPENT_NUMBERS = "spent_shards.json"
 
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[a-z0-9]+")
 
@@ -59,21 +66,71 @@ def shard_name(stem: str, number: int) -> str:
     return f"{stem}-{number:05d}.tar"
 
 
-def next_shard_number(stem: str, shards: Iterable[str | None]) -> int:
-    """Number of the first shard that no row of an index points into.
+def next_shard_number(stem: str, shards: Iterable[str | None], spent: int = 0) -> int:
+    """Number of the first shard that no row of an index points into, and none ever did.
 
     A shard beyond it was written by a process that died before its index: it is overwritten.
 
     Args:
         stem: `chips` or `images`.
         shards: the index's `shard` column.
+        spent: numbers below it were in earlier versions of the index, see `spent_numbers`.
 
     Returns:
         The number, from 0.
     """
     pattern = re.compile(re.escape(stem) + r"-(\d+)\.tar")
     numbers = [int(match[1]) for name in set(shards) if name and (match := pattern.fullmatch(name))]
-    return max(numbers, default=-1) + 1
+    return max(max(numbers, default=-1) + 1, spent)
+
+
+def spent_numbers(folder: "UPath | Path") -> dict[str, int]:
+    """Shard numbers of a partition that are not to be used again, though no row names a shard of so high a number.
+
+    Args:
+        folder: the partition's folder.
+
+    Returns:
+        By stem: numbers below it are spent. Stems of which the index alone tells are left out.
+
+    Raises:
+        DataError: if the file that says it is damaged.
+    """
+    try:
+        content = (folder / SPENT_NUMBERS).read_bytes()
+        return {str(stem): int(number) for stem, number in json.loads(content).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        path = folder / SPENT_NUMBERS
+        raise DataError(
+            f"{path} is damaged ({error}): restore it, or write the highest number of a shard beside it plus one by "
+            'stem, such as {"chips": 12}.'
+        ) from error
+
+
+def spend_numbers(folder: "UPath | Path", before: "pa.Table", after: "pa.Table") -> None:
+    """Keep the numbers of shards that an index is about to lose from being used again; to be called before it does.
+
+    Training sets and other indexes may point into these shards for as long as they lie there. A number that the
+    index keeps on telling is not written down: so a run that was killed leaves what an undisturbed one does.
+
+    Args:
+        folder: the partition's folder.
+        before: the index's rows, with `shard` columns.
+        after: what takes their place.
+    """
+    spent = spent_numbers(folder)
+    found = dict(spent)
+    for column in before.column_names:
+        if column.endswith("shard"):
+            stems = {name.rpartition("-")[0] for name in pc.unique(before[column]).to_pylist() if name}
+            for stem in stems:
+                first = next_shard_number(stem, pc.unique(before[column]).to_pylist(), spent.get(stem, 0))
+                if next_shard_number(stem, pc.unique(after[column]).to_pylist()) < first:
+                    found[stem] = first
+    if found != spent:
+        write_bytes_atomic(folder / SPENT_NUMBERS, json.dumps(found, sort_keys=True).encode() + b"\n")
 
 
 class ShardWriter:

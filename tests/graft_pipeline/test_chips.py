@@ -25,7 +25,7 @@ from graft_pipeline.imagery import NAIP, SENTINEL2, Sensor
 from graft_pipeline.manifests import conform
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import CHIPS, SCENES
-from graft_pipeline.shards import read_member
+from graft_pipeline.shards import ShardWriter, read_member
 from graft_pipeline.unfinished import FOLDER
 
 REGION = Region.parse("N42.25W071.75", 0.25)
@@ -445,6 +445,42 @@ def test_an_abort_keeps_raw_bands_too(
         for part in ("killed", "calm")
     ]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_shards_that_no_row_names_any_more_stay_as_they_are(
+    root: UPath, tiles: pa.Table, photos: pa.Table, snapshot_of: Any, is_killed: bool
+) -> None:
+    sky, strict = Sky(A={9: 30}), CLOUDY
+    loose, bad = replace(CLOUDY, max_cloud_pct=5.0), tiles["x0_m"][13].as_py()
+    first, _ = chips.update(tiles, scene_table("A"), photos, loose, root, sky.fetch, **FEW)
+    before = snapshot_of(root)
+    failed, _ = chips.update(tiles, scene_table("A"), photos, strict, root, sky.fetch, **FEW)
+    assert set(failed["reason"].to_pylist()) == {"cloudy"}
+
+    def fetch(sensor: Sensor, scene_id: str, grid: Grid) -> npt.NDArray[Any]:
+        if grid.x0_m == bad:
+            raise ServiceError("Earth Engine is down. Wait.")
+        return sky.fetch(sensor, scene_id, grid)
+
+    if is_killed:
+        # A shard is whole, its index is not: what a process that dies in between leaves.
+        with pytest.raises(ServiceError):
+            chips.update(tiles, scene_table("B"), photos, strict, root, fetch, **FEW, retry_now=True)
+        index = (root / "chips.parquet").read_bytes()
+        with ShardWriter(root, "chips-00004.tar") as shard:
+            shard.add("left-over.tif", b"of a process that died")
+        assert (root / "chips.parquet").read_bytes() == index
+    again, _ = chips.update(tiles, scene_table("B"), photos, strict, root, sky.fetch, **FEW, retry_now=True)
+    assert {name.rpartition("-")[2] for name in again["shard"].to_pylist()} == {
+        f"0000{n}.tar" for n in (3, 4, 5)
+    }
+    after = snapshot_of(root)
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".tar"))
+    assert len([name for name in after if name.endswith(".tar")]) == 2 * 6
+    for row in first.to_pylist():
+        content = read_member(root, row["shard"], row["offset"], row["size_bytes"])
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------

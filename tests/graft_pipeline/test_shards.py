@@ -3,11 +3,20 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from upath import UPath
 
 from graft_pipeline.errors import DataError
-from graft_pipeline.shards import ShardWriter, next_shard_number, read_member, shard_name
+from graft_pipeline.shards import (
+    SPENT_NUMBERS,
+    ShardWriter,
+    next_shard_number,
+    read_member,
+    shard_name,
+    spend_numbers,
+    spent_numbers,
+)
 
 MEMBERS = {"7_a-1.jpg": b"first", "8.jpg": b"", "9.jpg": bytes(range(256)) * 41}
 
@@ -81,3 +90,22 @@ def test_missing_and_cut_shards_are_named(root: UPath) -> None:
 def test_shards_are_numbered_after_those_of_the_index() -> None:
     assert next_shard_number("chips", []) == 0
     assert next_shard_number("chips", [None, shard_name("chips", 3), "images-00009.tar"]) == 4
+    assert next_shard_number("chips", [shard_name("chips", 3)], 7) == 7
+
+
+def test_numbers_that_an_index_loses_are_spent_and_others_written_nowhere(root: UPath) -> None:
+    def index(*numbers: int) -> pa.Table:
+        names = [shard_name("chips", number) for number in numbers]
+        return pa.table({"shard": names, "raw_shard": pa.nulls(len(names), pa.string()), "status": names})
+
+    spend_numbers(root, index(0, 1), index(0, 1, 2))
+    spend_numbers(root, index(0, 1, 2), index(2))
+    assert not (root / SPENT_NUMBERS).exists()
+    spend_numbers(root, index(0, 1, 2), index(0))
+    assert spent_numbers(root) == {"chips": 3}
+    spend_numbers(root, index(0), index())
+    spend_numbers(root, index(0, 3), index(0, 4))
+    assert spent_numbers(root) == {"chips": 3}
+    (root / SPENT_NUMBERS).write_bytes(b"{")
+    with pytest.raises(DataError, match="damaged"):
+        spent_numbers(root)
