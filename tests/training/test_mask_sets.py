@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, jaccard_score
 from graft_pipeline.errors import DataError, InputError
 from training.encoders import load_clip
 from training.zero_shot.evaluate_masks import PatchSegmenter, evaluate_masks
-from training.zero_shot.mask_sets import SATLAS_CLASSES, UNLABELLED, read_satlas
+from training.zero_shot.mask_sets import SATLAS_CLASSES, UNLABELLED, MaskSet, read_satlas
 from training.zero_shot.prompts import PromptSet, load_prompts
 
 WATER, DEVELOPED, GRASS = (SATLAS_CLASSES.index(name) + 1 for name in ("water", "developed", "grass"))
@@ -116,6 +116,24 @@ def test_scores_are_scikit_learns(high, toy_world):
     assert of["per-class accuracy"].value > 0.8
     assert of["per-class accuracy"].low <= of["per-class accuracy"].value <= of["per-class accuracy"].high
     assert made.metrics["segmentation"]["chance"]["pixel accuracy"].value == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_patches_that_reach_beyond_an_image_are_not_squeezed_into_it(toy_world, paint):
+    # The toy's patches are 112 px: 580 px are five and a bit, 672 px are six, and beyond an image it is mirrored.
+    red, blue = paint(["red", "blue"], 580, np.random.default_rng(0))
+    cut = np.concatenate([red[:, :224], blue[:, 224:]], axis=1)
+    whole = np.pad(cut, ((0, 92), (0, 92), (0, 0)), mode="symmetric")
+    prompts = PromptSet({"red": ("red",), "blue": ("blue",)}, ("a photo of {}",))
+    segmenter = PatchSegmenter("clip", load_clip(toy_world.architecture))
+    for step in (1, 4):
+        maps = []
+        for image in (cut, whole):
+            truth = np.zeros((len(image) // step, len(image) // step), np.uint8)
+            masks = MaskSet("two", ("red", "blue"), ("0",), lambda _, of=(image, truth): of)
+            maps.append(evaluate_masks([segmenter], masks, prompts, resamples=0).shown[0][2]["clip"])
+        side = 580 // step
+        assert 0 < maps[0].mean() < 1
+        assert (maps[0] == maps[1][:side, :side]).mean() > 0.999
 
 
 def test_broken_files_are_counted_and_the_rest_is_scored(high, toy_world):

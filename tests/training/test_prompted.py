@@ -103,6 +103,24 @@ def test_sam_draws_the_classes_of_points_to_its_masks(sam_folder, toy_world, ima
     np.testing.assert_array_equal(fine, refined.scores(image))
 
 
+def test_points_are_centres_of_patches_that_reach_beyond_the_image(sam_folder, toy_world, image):
+    base, sam = PatchSegmenter("toy", load_clip(toy_world.architecture)), Sam(sam_folder, points_per_class=1)
+    refined = SamRefined(base, sam)
+    refined.prepare(PromptSet({"red": ("red",), "blue": ("blue",)}, ("a photo of {}",)))
+    cut = image[:, :400]
+    coarse, fine = base.scores(cut), refined.scores(cut)
+    assert (coarse.shape, fine.shape) == ((2, 2, 4), (2, 224, 400))
+    places, classes, values = best_patches(coarse, 1)
+    masks = sam.masks(cut, np.minimum((places[:, ::-1] + 0.5) * 112, [399, 223]))
+    plain = torch.nn.functional.interpolate(
+        torch.from_numpy(coarse.copy())[None], size=(224, 448), mode="bilinear"
+    )
+    expected = plain[0, :, :, :400].numpy().copy()
+    for mask, number, value in zip(masks, classes, values, strict=True):
+        expected[number][mask] = np.maximum(expected[number][mask], value)
+    np.testing.assert_allclose(fine, expected, atol=1e-6)
+
+
 def test_the_best_patches_are_the_highest_of_their_class():
     scores = np.array([[[0.9, 0.2], [0.8, 0.1]], [[0.1, 0.6], [0.7, 0.3]], [[0, 0], [0, 0]]], np.float32)
     places, classes, values = best_patches(scores, 1)
@@ -173,15 +191,17 @@ def test_rasters_are_refined_block_by_block(sam_folder, toy_world, tmp_path, pai
         file.write(np.moveaxis(pixels, -1, 0))
     seen = []
 
-    def refine(image, scores):
-        seen.append((image, scores))
-        return Sam(sam_folder, points_per_class=1).refine(image, scores)
+    def refine(image, scores, patch_px):
+        seen.append((image, scores, patch_px))
+        return Sam(sam_folder, points_per_class=1).refine(image, scores, patch_px)
 
     segment_raster(clip, tmp_path / "scene.tif", tmp_path / "map.tif", prompts, refine=refine)
     # 2250 px are 21 patches of 112 px: blocks of nine patches, and the three that are left.
-    assert [image.shape[1] for image, _ in seen] == [1008, 1008, 234]
-    assert [scores.shape for _, scores in seen] == [(2, 3, 9), (2, 3, 9), (2, 3, 3)]
-    np.testing.assert_array_equal(np.concatenate([image for image, _ in seen], axis=1), pixels)
+    assert [image.shape[1] for image, _, _ in seen] == [1008, 1008, 234]
+    assert [scores.shape for _, scores, _ in seen] == [(2, 3, 9), (2, 3, 9), (2, 3, 3)]
+    # The last row and column of patches reach beyond the raster.
+    assert {patch_px for _, _, patch_px in seen} == {(112, 112)}
+    np.testing.assert_array_equal(np.concatenate([image for image, _, _ in seen], axis=1), pixels)
     with rasterio.open(tmp_path / "map.tif") as file:
         written = file.read(1)
     model = Sam(sam_folder, points_per_class=1)

@@ -8,7 +8,7 @@ from graft_pipeline.errors import InputError
 from training.encoders import encode_patches, encode_texts, load_clip
 from training.zero_shot.classify import class_embeddings
 from training.zero_shot.prompts import PromptSet
-from training.zero_shot.raster import NODATA, RasterOptions, segment_raster
+from training.zero_shot.raster import NODATA, RasterOptions, pixel_size_m, segment_raster
 from training.zero_shot.segment import segment
 
 NAMES = ("red", "green", "blue", "yellow")
@@ -112,6 +112,35 @@ def test_other_resolutions_and_ranges_are_read_for_the_encoder(clip, checkered, 
     classes = read(made.path)[0]
     assert classes.shape == coarse.shape[:2]
     assert (classes == truth[::2, ::2])[inner(truth)[::2, ::2]].mean() > 0.9
+
+
+def test_metres_of_web_mercator_are_not_metres_of_the_ground(clip, checkered, tmp_path):
+    image, truth = checkered
+    # At 60 degrees north a metre of the projection is half a metre.
+    place = Affine(2, 0, 0, 0, -2, 8_399_737.9 + 672)
+    source = write(tmp_path / "mercator.tif", image, transform=place, crs="EPSG:3857")
+    with rasterio.open(source) as file:
+        assert pixel_size_m(file) == pytest.approx((1, 1), rel=1e-4)
+    classes = read(segment_raster(clip, source, tmp_path / "map.tif", PROMPTS).path)[0]
+    assert (classes == truth)[inner(truth)].mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "expected"),
+    [
+        ("EPSG:32619", UTM, (1, 1)),
+        # Massachusetts in US survey feet.
+        ("EPSG:2249", Affine(1, 0, 750_000, 0, -1, 2_950_000), (0.3048, 0.3048)),
+        # Plate carree: true along meridians alone.
+        ("EPSG:4087", Affine(2, 0, 0, 0, -2, 6_679_169), (1, 2)),
+        # Coordinates that lie nowhere: as they are.
+        ('LOCAL_CS["drawing",UNIT["metre",1]]', UTM, (1, 1)),
+    ],
+)
+def test_pixels_are_measured_on_the_ground(tmp_path, crs, transform, expected):
+    path = write(tmp_path / "scene.tif", np.zeros((9, 9, 3), np.uint8), transform=transform, crs=crs)
+    with rasterio.open(path) as file:
+        assert pixel_size_m(file) == pytest.approx(expected, rel=1e-3)
 
 
 def test_pixels_without_data_have_no_class(clip, checkered, tmp_path):

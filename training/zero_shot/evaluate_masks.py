@@ -11,8 +11,6 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812 -- PyTorch's own idiom
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,6 +21,7 @@ from training.zero_shot.evaluate import CHANCE, Measure
 from training.zero_shot.mask_sets import UNLABELLED, MaskSet
 from training.zero_shot.metrics import Scores, scores_of
 from training.zero_shot.prompts import PromptSet
+from training.zero_shot.segment import spread
 from training.zero_shot.windows import Lattice, finished_rows
 
 logger = logging.getLogger(__name__)
@@ -31,9 +30,16 @@ _SHOWN = 12
 
 
 class Segmenter(Protocol):
-    """A model that scores every part of an image for every class."""
+    """A model that scores every part of an image for every class.
+
+    Attributes:
+        name: as the report shows it.
+        patch_px: height and width, in pixels of an image, of what one score is of, the first at the image's upper left
+            corner and the last ones beyond it where they do not tile it; None: scores tile every image.
+    """
 
     name: str
+    patch_px: tuple[float, float] | None
 
     def prepare(self, prompts: PromptSet) -> None:
         """Take the classes; called once, before any image."""
@@ -59,6 +65,8 @@ class PatchSegmenter:
     def __init__(self, name: str, clip: Clip, overlap: float = 0.25) -> None:
         check_patch_tower(clip.model.visual)
         self.name, self._clip, self._overlap = name, clip, overlap
+        side = CROP_PX / clip.model.visual.grid_size[0]
+        self.patch_px = (side, side)
         self._classes = np.zeros((0, clip.embedding_width), np.float32)
 
     def prepare(self, prompts: PromptSet) -> None:
@@ -68,7 +76,7 @@ class PatchSegmenter:
     def scores(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Segmenter.scores`; one score per patch."""
         clip = self._clip
-        patch_px = CROP_PX / clip.model.visual.grid_size[0]
+        patch_px, _ = self.patch_px
         height, width = image.shape[:2]
         grid = Lattice.over(clip, width, height, patch_px, patch_px, self._overlap)
         side = CROP_PX
@@ -158,7 +166,7 @@ def evaluate_masks(
             logger.warning("%s", error)
             skipped["image or mask cannot be decoded"] += 1
             continue
-        maps = {contender.name: _at(contender.scores(image), truth.shape) for contender in contenders}
+        maps = {contender.name: _map_of(contender, image, truth.shape) for contender in contenders}
         drawn = random.integers(count, size=truth.shape).astype(np.uint8)
         for name, of in (*maps.items(), (CHANCE, drawn)):
             confusions[name].append(_confusion(truth, of, count))
@@ -183,12 +191,14 @@ def evaluate_masks(
     )
 
 
-def _at(scores: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The best class of each pixel of a mask; scores are interpolated bilinearly if the mask is finer or coarser."""
-    if scores.shape[1:] != shape:
-        tensor = torch.from_numpy(np.ascontiguousarray(scores))[None]
-        scores = F.interpolate(tensor, size=shape, mode="bilinear", align_corners=False)[0].numpy()
-    return scores.argmax(axis=0).astype(np.uint8)
+def _map_of(contender: Segmenter, image: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The best class of each pixel of an image's mask, which may be finer or coarser than image and scores."""
+    (height, width), scores = shape, contender.scores(image)
+    if contender.patch_px is None:
+        patch = (height / scores.shape[1], width / scores.shape[2])
+    else:
+        patch = (contender.patch_px[0] * height / len(image), contender.patch_px[1] * width / image.shape[1])
+    return spread(scores, patch, (height, width)).argmax(axis=0).astype(np.uint8)
 
 
 def _confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], count: int) -> NDArray[np.int64]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 -- PyTorch's own idiom
 from numpy.typing import NDArray
 from PIL import Image
 
 from graft_pipeline.errors import SettingsError
 from training.zero_shot.evaluate_masks import Segmenter
 from training.zero_shot.prompts import PromptSet
+from training.zero_shot.segment import spread
 
 #: Points whose masks are computed together.
 _POINTS_AT_ONCE = 32
@@ -40,25 +40,29 @@ class Sam:
         self._points, self._device = points_per_class, device
         self._model, self._processor = _load("SamModel", "SamProcessor", weights, device)
 
-    def refine(self, image: NDArray[np.uint8], coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        coarse: NDArray[np.float32],
+        patch_px: tuple[float, float] | None = None,
+    ) -> NDArray[np.float32]:
         """Draw scores to the outlines in an image.
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            coarse: (K, rows, columns) float32, scores of the patches that tile it.
+            coarse: (K, rows, columns) float32, scores of the patches that cover it.
+            patch_px: height and width of a patch in pixels, the last ones may reach beyond the image; None: they
+                tile it.
 
         Returns:
             (K, H, W) float32.
         """
         height, width = image.shape[:2]
         places, classes, values = best_patches(coarse, self._points)
-        rows, columns = coarse.shape[1:]
+        patch_px = patch_px or (height / coarse.shape[1], width / coarse.shape[2])
         # Centres of patches, in pixels.
-        points = (places[:, ::-1] + 0.5) * np.array([width / columns, height / rows])
-        fine = F.interpolate(
-            torch.from_numpy(np.ascontiguousarray(coarse))[None], size=(height, width), mode="bilinear"
-        )
-        refined = fine[0].numpy()
+        points = (places[:, ::-1] + 0.5) * np.array(patch_px[::-1])
+        refined = spread(coarse, patch_px, (height, width))
         masks = self.masks(image, np.minimum(points, [width - 1, height - 1]))
         for mask, number, value in zip(masks, classes, values, strict=True):
             refined[number][mask] = np.maximum(refined[number][mask], value)
@@ -106,7 +110,7 @@ class SamRefined:
     """
 
     def __init__(self, base: Segmenter, sam: Sam) -> None:
-        self.name = f"{base.name} + SAM"
+        self.name, self.patch_px = f"{base.name} + SAM", None
         self._base, self._sam = base, sam
 
     def prepare(self, prompts: PromptSet) -> None:
@@ -115,7 +119,7 @@ class SamRefined:
 
     def scores(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Segmenter.scores`; at the image's own resolution."""
-        return self._sam.refine(image, self._base.scores(image))
+        return self._sam.refine(image, self._base.scores(image), self._base.patch_px)
 
 
 def best_patches(
@@ -154,7 +158,8 @@ class ClipSeg:
     """
 
     def __init__(self, name: str, weights: str | Path, *, device: str = "cpu") -> None:
-        self.name, self._device = name, device
+        # An image is squeezed to the model's input as a whole.
+        self.name, self.patch_px, self._device = name, None, device
         self._model, self._processor = _load(
             "CLIPSegForImageSegmentation", "CLIPSegProcessor", weights, device
         )

@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyproj
 import rasterio
 from numpy.typing import NDArray
+from pyproj.exceptions import ProjError
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader, DatasetWriter
@@ -39,8 +42,12 @@ _BLOCK_PX = 256
 #: Side of the blocks that are refined, about: what SAM looks at.
 _REFINED_PX = 1024
 
-#: (H, W, 3) uint8 pixels and (K, rows, columns) float32 patch scores in, (K, H, W) float32 scores out.
-Refine = Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]]
+#: What a projection's scale may be off without being corrected: UTM's is 0.9996, which is nothing to an encoder.
+_SCALE_TOLERANCE = 0.01
+
+#: (H, W, 3) uint8 pixels, (K, rows, columns) float32 patch scores, and height and width of a patch in pixels in,
+#: (K, H, W) float32 scores out; patches may reach beyond the pixels to the south and east.
+Refine = Callable[[NDArray[np.uint8], NDArray[np.float32], tuple[float, float]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,21 +189,44 @@ def _lattice(file: DatasetReader, clip: Clip, options: RasterOptions) -> Lattice
 
 
 def pixel_size_m(file: DatasetReader) -> tuple[float, float]:
-    """Width and height of a raster's pixel.
+    """Width and height of a raster's pixel on the ground.
 
     Args:
         file: the raster.
 
     Returns:
-        Metres; of geographic rasters, at their middle.
+        Metres at its middle; a metre of Web Mercator (EPSG:3857) is half a metre at 60 degrees north.
     """
     x, y = file.res
-    if file.crs is None or not file.crs.is_geographic:
-        factor = 1.0 if file.crs is None else file.crs.linear_units_factor[1]
-        return x * factor, y * factor
+    if file.crs is None or not (file.crs.is_geographic or file.crs.is_projected):
+        # Drawings and cameras have coordinates that lie nowhere on the Earth.
+        return x, y
     middle = (file.bounds.top + file.bounds.bottom) / 2
+    if not file.crs.is_geographic:
+        factor = file.crs.linear_units_factor[1]
+        along, across = _scale_at(file.crs, (file.bounds.left + file.bounds.right) / 2, middle)
+        return x * factor / along, y * factor / across
     # Mean length of a degree on the WGS 84 ellipsoid; a few per mille are nothing to an encoder.
     return x * 111_320 * math.cos(math.radians(middle)), y * 111_132
+
+
+def _scale_at(crs: CRS, x: float, y: float) -> tuple[float, float]:
+    """Metres of a projection for a metre on the ground, eastwards and northwards; 1 where they nearly agree."""
+    try:
+        projected = pyproj.CRS.from_wkt(crs.to_wkt())
+        lon, lat = pyproj.Transformer.from_crs(projected, projected.geodetic_crs, always_xy=True).transform(
+            x, y
+        )
+        factors = pyproj.Proj(projected).get_factors(lon, lat)
+    except ProjError:
+        # A place where the projection is not defined.
+        return 1.0, 1.0
+    found = (float(factors.parallel_scale), float(factors.meridional_scale))
+    if not all(math.isfinite(scale) for scale in found) or all(
+        abs(scale - 1) < _SCALE_TOLERANCE for scale in found
+    ):
+        return 1.0, 1.0
+    return found
 
 
 class _Reader:
@@ -323,7 +353,8 @@ def _refined_rows(
             )
             shape = (bottom - top, right - left)
             pixels = reader.pixels(Window(left, top, shape[1], shape[0]), shape)
-            block[:, left:right] = refine(pixels, scores[:, :, start:end]).argmax(axis=0)
+            refined = refine(pixels, scores[:, :, start:end], (grid.patch_y, grid.patch_x))
+            block[:, left:right] = refined.argmax(axis=0)
         block[file.dataset_mask(window=Window(0, top, file.width, len(block))) == 0] = NODATA
         yield top, block
 

@@ -37,6 +37,27 @@ def score_maps(
     return F.interpolate(scores, size=(side_px, side_px), mode="bilinear", align_corners=False).numpy()
 
 
+def spread(
+    scores: NDArray[np.float32], patch_px: tuple[float, float], shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Scores of patches at every pixel of an image that they cover, interpolated bilinearly.
+
+    Args:
+        scores: (K, rows, columns) float32; patch (0, 0) starts at the image's upper left corner.
+        patch_px: height and width of a patch in pixels, may be fractions.
+        shape: height and width of the image in pixels; patches may reach beyond it.
+
+    Returns:
+        (K, *shape) float32.
+    """
+    # One more patch, the same as the last: there is a pixel to cut off even where the patches end with the image.
+    padded = F.pad(torch.from_numpy(np.ascontiguousarray(scores))[None], (0, 1, 0, 1), mode="replicate")
+    fine = F.interpolate(
+        padded, scale_factor=patch_px, mode="bilinear", align_corners=False, recompute_scale_factor=False
+    )
+    return fine[0, :, : shape[0], : shape[1]].numpy()
+
+
 def segment(
     patches: NDArray[np.float32], classes: NDArray[np.float32], side_px: int, *, batch_size: int = 64
 ) -> NDArray[np.uint8]:
