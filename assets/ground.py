@@ -137,8 +137,9 @@ def flickr_photos(
     locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
     folder = storage.folder(schemas.FLICKR_PHOTOS, region=region.key)
     scope = photos.search_scope(locations, world.uploaded_from, flickr.filters)
-    # On other ground, or with other filters, the watermark of what is known says nothing.
-    is_whole = config.full_refresh or known.num_rows == 0 or photos.last_scope(folder) != scope
+    searched, today = photos.last_searched(folder), datetime.now(UTC).date()
+    is_due = searched.is_whole_due(scope, world.whole_search_every_days, today)
+    is_whole = is_due or config.full_refresh or known.num_rows == 0
     since = photos.search_from(known, world.uploaded_from, full_refresh=is_whole)
     unfinished = Unfinished(folder)
     report = progress.task(f"{region.key} Flickr search")
@@ -149,10 +150,12 @@ def flickr_photos(
     wanted = purging.keep_out(
         found.table, storage.read(schemas.PURGED_PHOTOS), storage.read(schemas.PURGED_OWNERS)
     )
-    table = photos.merge_photos(known, wanted)
+    table = photos.merge_photos(known, wanted, found.outside)
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
+    # Before the answers are dropped: a run that is killed in between has not to ask for all again.
+    whole_on = today if is_due or config.full_refresh else searched.whole_on
+    photos.keep_searched(folder, photos.Searched(scope, whole_on))
     unfinished.close()
-    photos.keep_scope(folder, scope)
     where = photos.by_status(table)
     advice = "Flickr has no photo around the search locations: look at their map, and at uploaded_from"
     return report_table(
@@ -165,7 +168,7 @@ def flickr_photos(
         is_whole_search=is_whole,
         photos_per_day=photos.upload_rate(table, datetime.now(UTC)),
         new_photos=table.num_rows - known.num_rows,
-        outside_region=found.outside_region,
+        outside_region=found.outside.num_rows,
         purged_records_kept_out=found.table.num_rows - wanted.num_rows,
     )
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,14 @@ BURST_RADIUS_M = 10.0
 #: How far before the watermark a search begins anew: Flickr's index lists some photos late.
 SEARCH_OVERLAP = timedelta(days=2)
 
-#: In a partition's folder: what was searched when its photos were last stored.
+#: Reason of a known photo that is seen in another region.
+MOVED = "moved"
+
+#: What a later record of a known photo replaces.
+_RETOLD = ("title", "tags", "license_id")
+_RETOLD_IMAGE = ("image_url", "width_px", "height_px")
+
+#: In a partition's folder: what was searched when its photos were last stored, and the day of the last whole search.
 _SCOPE_FILE = "searched.txt"
 
 #: Suffixes of Flickr's uncropped sizes by nominal longer side, smallest first; the original last, as it may
@@ -73,12 +80,12 @@ class PhotoRows:
 
     Attributes:
         table: FLICKR_PHOTOS rows, in the order found; ids may repeat, bursts are not looked for yet.
-        outside_region: records whose geotag is in another region, left to that one.
+        outside: likewise, records whose geotag is in another region; left to that one, all `rejected` as `moved`.
         unreadable: records without a usable id.
     """
 
     table: pa.Table
-    outside_region: int
+    outside: pa.Table
     unreadable: int
 
 
@@ -90,7 +97,7 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
     hours, and is left out unless the time is known to the second.
 
     Args:
-        raw: photo records with the extras license, date_upload, date_taken, geo, tags, media and url_*.
+        raw: photo records with the extras license, date_upload, date_taken, last_update, geo, tags, media and url_*.
         region: the region that was searched.
 
     Returns:
@@ -98,7 +105,8 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
         `not_a_photo`, `screenshot`, `accuracy_below_16`, `no_usable_url`.
     """
     rows: list[dict[str, Any]] = []
-    outside = unreadable = 0
+    outside: list[dict[str, Any]] = []
+    unreadable = 0
     for record in raw:
         photo_id = str(record.get("id", ""))
         if _PHOTO_ID.fullmatch(photo_id) is None:
@@ -110,16 +118,16 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
         has_geotag = lon is not None and lat is not None and not (lon == lat == 0.0 and accuracy == 0)
         if lon is None or lat is None or not has_geotag:
             lon = lat = 0.0
-        elif not region.contains(lon, lat):
-            outside += 1
-            continue
+        is_outside = has_geotag and not region.contains(lon, lat)
         uploaded = _number(record.get("dateupload"))
         uploaded_at = _from_unix(uploaded)
         owner = _text(record.get("owner")) or ""
         taken_local, is_exact = _time_taken(record)
         url, width, height = _image(record)
         reason = None
-        if uploaded_at is None or not owner:
+        if is_outside:
+            reason = MOVED
+        elif uploaded_at is None or not owner:
             reason = "bad_metadata"
         elif not has_geotag:
             reason = "no_geotag"
@@ -131,7 +139,7 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
             reason = "accuracy_below_16"
         elif url is None:
             reason = "no_usable_url"
-        rows.append(
+        (outside if is_outside else rows).append(
             {
                 "photo_id": photo_id,
                 "owner_id": owner,
@@ -142,6 +150,7 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
                 "lat_deg": lat,
                 "accuracy": max(0, min(accuracy, 127)),
                 "uploaded_at_utc": uploaded_at or datetime(1970, 1, 1, tzinfo=UTC),
+                "updated_at_utc": _from_unix(_number(record.get("lastupdate"))),
                 "taken_at_local": taken_local,
                 "taken_at_utc": _solar_utc(taken_local, lon) if taken_local and is_exact else None,
                 "is_taken_exact": is_exact,
@@ -155,7 +164,10 @@ def photo_rows(raw: Iterable[Mapping[str, Any]], region: Region) -> PhotoRows:
         )
     if unreadable:
         logger.warning("%d records without a usable photo id were left out", unreadable)
-    return PhotoRows(pa.Table.from_pylist(rows, schema=FLICKR_PHOTOS.schema), outside, unreadable)
+    schema = FLICKR_PHOTOS.schema
+    return PhotoRows(
+        pa.Table.from_pylist(rows, schema=schema), pa.Table.from_pylist(outside, schema=schema), unreadable
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -239,34 +251,84 @@ def _is_screenshot(record: Mapping[str, Any]) -> bool:
     )
 
 
-def merge_photos(existing: pa.Table | None, found: pa.Table) -> pa.Table:
-    """Merge newly found photos into those of a region.
+def merge_photos(existing: pa.Table | None, found: pa.Table, outside: pa.Table | None = None) -> pa.Table:
+    """Merge newly found photos into those of a region, and take over what is told anew of those that are known.
 
-    A row once stored stays as it is, so what was built on it holds: later records of the same id change
-    nothing. Of a burst (same owner, same minute taken, within BURST_RADIUS_M) the photo kept is the first by
+    What tiles and chips were built on stays as it was first stored: owner, times, and a place accurate to the
+    street. Title, tags, licence and address of the image are those of the latest record, and a photo that was
+    rejected for its metadata is judged again; as long as its place was too coarse, so is the place. A known photo
+    that is seen outside of the region is rejected, reason `moved`, until it is seen inside again.
+
+    Of a burst (same owner, same minute taken, within BURST_RADIUS_M) the photo kept is the first by
     (uploaded_at, photo_id), after those kept before; the others become `rejected`, reason `burst`, with
     `duplicate_of`.
 
     Args:
         existing: FLICKR_PHOTOS rows of the region, None at first.
         found: more of them, as `photo_rows` makes them; ids may repeat, in any order.
+        outside: likewise, photos in other regions; only those that are known here count.
 
     Returns:
         FLICKR_PHOTOS rows, unique by photo_id, sorted by (uploaded_at, photo_id). Merging the same again
         changes nothing; the order of the rows in `found` does not matter.
     """
     known = FLICKR_PHOTOS.empty() if existing is None else existing
-    new = found.filter(pc.invert(pc.is_in(found["photo_id"], known["photo_id"].combine_chunks())))
-    # Of several records of one id (overlapping discs, unstable paging) any rule will do that ignores their
-    # order.
-    new = new.sort_by(
-        [(name, "ascending") for name in dict.fromkeys((*FLICKR_PHOTOS.order, *FLICKR_PHOTOS.schema.names))]
-    )
-    new = _first_of_each(new, "photo_id")
+    records = found if outside is None else pa.concat_tables([found, outside])
+    # Of several records of one id (overlapping discs, unstable paging) the latest counts; where that is not told,
+    # any rule will do that ignores their order.
+    others = dict.fromkeys((*FLICKR_PHOTOS.order, *FLICKR_PHOTOS.schema.names))
+    del others["updated_at_utc"]
+    records = records.sort_by([("updated_at_utc", "descending"), *((name, "ascending") for name in others)])
+    records = _first_of_each(records, "photo_id")
+    is_known = pc.is_in(records["photo_id"], known["photo_id"].combine_chunks())
+    known, is_ok_anew = _retold(known, records.filter(is_known))
+    is_moved = pc.fill_null(pc.equal(records["reason"], MOVED), False)
+    new = records.filter(pc.invert(pc.or_(is_known, is_moved)))
     merged = pa.concat_tables([known.cast(FLICKR_PHOTOS.schema), new.cast(FLICKR_PHOTOS.schema)])
-    is_new = np.arange(merged.num_rows) >= known.num_rows
+    is_new = np.concatenate([is_ok_anew, np.ones(new.num_rows, dtype=np.bool_)])
     merged = _mark_bursts(merged, is_new)
     return merged.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order]).combine_chunks()
+
+
+def _retold(known: pa.Table, seen: pa.Table) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
+    """Known photos with what records of some of them tell; and which rows were not ok and are now."""
+    position = pc.index_in(known["photo_id"], seen["photo_id"].combine_chunks())
+    is_seen = pc.is_valid(position)
+    before = known.filter(is_seen).to_pylist()
+    records = seen.take(position.filter(is_seen)).to_pylist()
+    after = [_retold_row(row, record) for row, record in zip(before, records, strict=True)]
+    rest = known.filter(pc.invert(is_seen)).cast(FLICKR_PHOTOS.schema)
+    table = pa.concat_tables([rest, pa.Table.from_pylist(after, schema=FLICKR_PHOTOS.schema)])
+    is_ok_anew = [
+        row["status"] == "ok" and old["status"] != "ok" for old, row in zip(before, after, strict=True)
+    ]
+    return table, np.array([False] * rest.num_rows + is_ok_anew, dtype=np.bool_)
+
+
+def _retold_row(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """One known photo after a later record of it; an earlier one changes nothing."""
+    last, updated = row["updated_at_utc"], record["updated_at_utc"]
+    if last is not None and updated is not None and updated < last:
+        return row
+    if record["reason"] == MOVED:
+        return row | _changes(record, "updated_at_utc", "status", "reason", "duplicate_of")
+    if row["reason"] == "bad_metadata" or row["accuracy"] < STREET_ACCURACY:
+        # It never was ok: nothing stands on it.
+        return record
+    row = row | _changes(record, *_RETOLD)
+    if updated is not None:
+        row |= _changes(record, "updated_at_utc")
+    if record["image_url"] is not None:
+        row |= _changes(record, *_RETOLD_IMAGE)
+    if row["reason"] != "burst" and (
+        record["status"] == "ok" or record["reason"] in ("not_a_photo", "screenshot")
+    ):
+        row |= _changes(record, "status", "reason")
+    return row
+
+
+def _changes(record: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: record[name] for name in names}
 
 
 def _first_of_each(table: pa.Table, column: str) -> pa.Table:
@@ -395,32 +457,67 @@ def search_scope(locations: pa.Table, uploaded_from: str, filters: Mapping[str, 
     return fingerprint(places, uploaded_from, dict(filters))
 
 
-def last_scope(folder: "UPath | Path") -> str | None:
-    """The scope of the last search that was completed and stored.
+@dataclass(frozen=True)
+class Searched:
+    """What a region's last search was that was completed and stored.
+
+    Attributes:
+        scope: as of `search_scope`; "" before the first.
+        whole_on: UTC day of the last whole search; None before the first.
+    """
+
+    scope: str = ""
+    whole_on: date | None = None
+
+    def is_whole_due(self, scope: str, every_days: int, today: date) -> bool:
+        """Whether the next search has to ask for everything again.
+
+        Args:
+            scope: of the next search. On other ground, or with other filters, a watermark says nothing.
+            every_days: days after which a whole search is due again, as owners geotag and change photos long after
+                the upload; 0: never.
+            today: UTC day.
+
+        Returns:
+            Whether it is.
+        """
+        if self.scope != scope:
+            return True
+        is_old = self.whole_on is None or (today - self.whole_on).days >= every_days
+        return every_days > 0 and is_old
+
+
+def last_searched(folder: "UPath | Path") -> Searched:
+    """What a region's last search was.
 
     Args:
         folder: the partition's folder.
 
     Returns:
-        As of `search_scope`; None before the first.
+        As `keep_searched` noted it.
     """
     try:
-        return str((folder / _SCOPE_FILE).read_text(encoding="utf-8")).strip()
+        scope, _, day = str((folder / _SCOPE_FILE).read_text(encoding="utf-8")).strip().partition(" ")
     except FileNotFoundError:
-        return None
+        return Searched()
+    try:
+        return Searched(scope, date.fromisoformat(day))
+    except ValueError:
+        return Searched(scope)
 
 
-def keep_scope(folder: "UPath | Path", scope: str) -> None:
+def keep_searched(folder: "UPath | Path", searched: Searched) -> None:
     """Note that a search was completed, once its photos are stored.
 
     Args:
         folder: the partition's folder.
-        scope: as of `search_scope`.
+        searched: what it was.
 
     Raises:
         ServiceError: if the disk is full.
     """
-    write_bytes_atomic(folder / _SCOPE_FILE, f"{scope}\n".encode())
+    text = f"{searched.scope} {searched.whole_on or ''}".strip()
+    write_bytes_atomic(folder / _SCOPE_FILE, f"{text}\n".encode())
 
 
 def search_all(

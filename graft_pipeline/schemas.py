@@ -136,6 +136,7 @@ FLICKR_PHOTOS = _dataset(
         _LAT,
         _column("accuracy", pa.int8(), "Flickr's geotag accuracy, 1 (world) to 16 (street)"),
         _column("uploaded_at_utc", UTC, "when it was uploaded"),
+        _column("updated_at_utc", UTC, "when its metadata changed last, as far as seen", nullable=True),
         _column("taken_at_local", LOCAL, "when it was taken, owner's clock, no zone", nullable=True),
         _column("taken_at_utc", UTC, "taken_at_local less the solar time of its longitude", nullable=True),
         _column("is_taken_exact", pa.bool_(), "whether the time taken is known to the second"),

@@ -142,6 +142,9 @@ class Settings(BaseSettings):
     search_radius_km: float = Field(2.0, gt=0, lt=32)
     #: First upload date that is asked for, YYYY-MM-DD.
     uploaded_from: str = "2004-02-10"
+    #: Days after which a region is searched whole again, not only for what is new: photos are geotagged, moved and
+    #: relicensed long after their upload. 0: never.
+    whole_search_every_days: int = Field(180, ge=0)
 
     # --- images ---
     #: Hosts that ground images are fetched from, with their subdomains; at public addresses, except on the planet.

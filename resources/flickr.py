@@ -45,7 +45,7 @@ MAX_BYTES = 1 << 24
 #: Radius of a search must stay below, kilometres.
 MAX_RADIUS_KM = 32.0
 #: What graft_pipeline.photos reads of a record.
-EXTRAS = "license,date_upload,date_taken,geo,tags,media,o_dims,url_s,url_n,url_w,url_m,url_z,url_c,url_l"
+EXTRAS = "license,date_upload,date_taken,last_update,geo,tags,media,o_dims,url_s,url_n,url_w,url_m,url_z,url_c,url_l"
 
 #: Values of the argument `safe_search`: photos up to this level are found.
 _SAFETY_LEVELS = {"safe": 1, "moderate": 2, "restricted": 3}

@@ -1,6 +1,7 @@
 """Regions from search to pairs as Dagster runs them, against a planet over HTTP; the odd ones too."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -16,6 +17,7 @@ from graft_pipeline.embeddings import read_images
 from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import SENTINEL2
+from graft_pipeline.photos import Searched, keep_searched, last_searched
 from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from graft_pipeline.trace import trace
@@ -184,6 +186,20 @@ def test_ground_that_an_area_gains_is_searched_from_the_beginning(planet: Any, d
     assert len(known) > small.num_rows
     grown.materialise("flickr_photos", partition=REGION)
     assert not grown.metadata("flickr_photos")["is_whole_search"].value
+
+
+def test_a_region_is_searched_whole_again_after_months(planet: Any, deploy: Deploy) -> None:
+    deployment = deploy(planet_url=planet.url)
+    deployment.register(*SMALL)
+    deployment.materialise("search_locations", "flickr_photos", partition=REGION)
+    folder = deployment.storage.folder(schemas.FLICKR_PHOTOS, region=REGION)
+    searched, files = last_searched(folder), deployment.contents()
+    assert searched.whole_on is not None
+    for days, is_whole in ((178, False), (180, True), (0, False)):
+        keep_searched(folder, Searched(searched.scope, searched.whole_on - timedelta(days=days)))
+        deployment.materialise("flickr_photos", partition=REGION)
+        assert deployment.metadata("flickr_photos")["is_whole_search"].value is is_whole
+    assert deployment.contents() == files
 
 
 def test_imagery_is_asked_about_once_a_chip(collected: Any) -> None:

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -168,7 +168,8 @@ def test_photos_of_other_regions_and_without_id_are_counted() -> None:
         {k: v for k, v in RECORD.items() if k != "id"},
     ]
     result = photos.photo_rows(raw, REGION)
-    assert (result.table.num_rows, result.outside_region, result.unreadable) == (1, 1, 2)
+    assert (result.table.num_rows, result.outside.num_rows, result.unreadable) == (1, 1, 2)
+    assert set(result.outside["reason"].to_pylist()) == {"moved"}
 
 
 def test_hostile_texts_are_stored() -> None:
@@ -193,8 +194,9 @@ RAW = st.dictionaries(
 @given(st.lists(RAW, max_size=5))
 def test_no_answer_stops_the_run(changes: list[dict[str, Any]]) -> None:
     result = photos.photo_rows([RECORD | change for change in changes], REGION)
-    assert result.table.num_rows + result.outside_region + result.unreadable == len(changes)
-    conform(photos.merge_photos(None, result.table), FLICKR_PHOTOS)
+    assert result.table.num_rows + result.outside.num_rows + result.unreadable == len(changes)
+    first = conform(photos.merge_photos(None, result.table, result.outside), FLICKR_PHOTOS)
+    conform(photos.merge_photos(first, result.table, result.outside), FLICKR_PHOTOS)
 
 
 # --- merging -------------------------------------------------------------------------------------------------------
@@ -278,6 +280,101 @@ def test_the_same_photo_told_in_two_ways_gives_one_row_whatever_the_order(
         row["uploaded_at_utc"] = datetime(2020, 1, 1, tzinfo=UTC)  # type: ignore[assignment]
         row["taken_at_local"] = None  # type: ignore[assignment]
     assert merge(None, make_photos(rows)).equals(merge(None, make_photos(rows[::-1])))
+
+
+def told(existing: pa.Table | None, *changes: dict[str, Any]) -> dict[str, Any]:
+    """The one row after records of it, in this order or the reverse."""
+    merged = []
+    for records in (changes, changes[::-1]):
+        result = photos.photo_rows([RECORD | change for change in records], REGION)
+        table = conform(photos.merge_photos(existing, result.table, result.outside), FLICKR_PHOTOS)
+        assert photos.merge_photos(table, result.table, result.outside).equals(table)
+        merged.append(table.to_pylist())
+    assert merged[0] == merged[1]
+    (row,) = merged[0]
+    return dict(row)
+
+
+def known(**changes: Any) -> pa.Table:
+    result = photos.photo_rows([RECORD | {"lastupdate": "1500000000"} | changes], REGION)
+    return photos.merge_photos(None, result.table)
+
+
+LATER = {"lastupdate": "1600000000"}
+
+
+def test_what_owners_change_later_is_taken_over_and_what_tiles_stand_on_is_not() -> None:
+    url = "https://live.staticflickr.com/2/15650127345_b_z.jpg"
+    changes = {"title": "Ours", "tags": "ours", "license": "0", "url_z": url, "width_z": 500, "height_z": 400}
+    row = told(known(), LATER | changes)
+    assert (row["title"], row["tags"], row["license_id"]) == ("Ours", "ours", "0")
+    assert (row["image_url"], row["width_px"], row["height_px"]) == (url, 500, 400)
+    moved = {
+        "latitude": 42.4,
+        "longitude": -71.4,
+        "dateupload": "1421222275",
+        "owner": "2@N00",
+        "accuracy": 12,
+    }
+    row = told(known(), LATER | moved | {"datetaken": "2015-01-04 18:00:00"})
+    assert row == known().to_pylist()[0] | {"updated_at_utc": datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC)}
+    earlier = told(known(), {"lastupdate": "1400000000", "title": "Old", "license": "1"})
+    assert earlier == known().to_pylist()[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ({"accuracy": 12, "latitude": 42.9}, "accuracy_below_16"),
+        ({"owner": ""}, "bad_metadata"),
+        ({"tags": "screenshot"}, "screenshot"),
+        ({"url_n": None, "url_z": None, "url_l": None}, "no_usable_url"),
+    ],
+)
+def test_photos_that_were_rejected_for_their_metadata_are_judged_again(
+    before: dict[str, Any], reason: str
+) -> None:
+    assert known(**before)["reason"].to_pylist() == [reason]
+    assert told(known(**before), LATER) == known(**LATER).to_pylist()[0]
+    assert told(known(), LATER | {"tags": "screenshot"})["reason"] == "screenshot"
+
+
+def test_of_a_burst_one_is_kept_also_when_the_others_are_judged_again() -> None:
+    other = {"id": "2", "dateupload": "1421222200", "accuracy": 12}
+    first = photos.photo_rows([RECORD, RECORD | other], REGION)
+    table = photos.merge_photos(None, first.table)
+    assert table["status"].to_pylist() == ["rejected", "ok"]
+    again = photos.photo_rows([RECORD | other | {"accuracy": 16}], REGION)
+    rows = photos.merge_photos(table, again.table).to_pylist()
+    assert [(row["reason"], row["duplicate_of"]) for row in rows] == [("burst", RECORD["id"]), (None, None)]
+
+
+def test_a_photo_that_moves_to_another_region_is_rejected_until_it_comes_back() -> None:
+    row = told(known(), LATER | {"longitude": -70.5})
+    assert (row["status"], row["reason"], row["lon_deg"]) == ("rejected", "moved", -71.5)
+    assert told(known(), LATER | {"longitude": -70.5}, {"lastupdate": "1550000000"}) == row
+    gone = pa.Table.from_pylist([row], schema=FLICKR_PHOTOS.schema)
+    back = told(gone, {"lastupdate": "1700000000", "longitude": -71.6})
+    assert (back["status"], back["lon_deg"]) == ("ok", -71.5)
+    # A photo of elsewhere that is not known here is left to that region.
+    result = photos.photo_rows([RECORD | {"longitude": -70.5}], REGION)
+    assert photos.merge_photos(None, result.table, result.outside).num_rows == 0
+
+
+def test_whole_searches_come_back(root: UPath) -> None:
+    day = date(2024, 5, 1)
+    assert photos.last_searched(root) == photos.Searched()
+    assert photos.Searched().is_whole_due("a", 0, day)
+    searched = photos.Searched("a", day)
+    photos.keep_searched(root, searched)
+    assert photos.last_searched(root) == searched
+    assert not searched.is_whole_due("a", 30, day + timedelta(days=29))
+    assert searched.is_whole_due("a", 30, day + timedelta(days=30))
+    assert not searched.is_whole_due("a", 0, day + timedelta(days=3000))
+    assert searched.is_whole_due("b", 30, day)
+    photos.keep_searched(root, photos.Searched("a"))
+    assert photos.last_searched(root) == photos.Searched("a")
+    assert photos.Searched("a").is_whole_due("a", 30, day)
 
 
 def test_searches_go_on_from_the_watermark(make_photos: Callable[..., pa.Table]) -> None:
