@@ -14,7 +14,7 @@ from upath import UPath
 
 from assets.keys import FOUNDATION_KEY
 from assets.launching import Trained, Training, launch
-from assets.learning import TRAINING_MODULES, local_model
+from assets.learning import TRAINING_MODULES, local_model, training_pool
 from assets.planet import benchmark_file
 from assets.reporting import OWNERS, check_specs, measured, report_table, table_metadata
 from graft_pipeline import ablations as rules_of_ablations
@@ -45,11 +45,12 @@ class AblationsConfig(dg.Config):
     train_config: dict[str, Any] = Field(default_factory=dict)
 
 
-def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
+def build_ablations(sensor: Sensor, settings: Settings) -> dg.AssetsDefinition:
     """The asset `ablations` of one sensor.
 
     Args:
         sensor: the sensor's record.
+        settings: of the deployment; they tell where encoders train.
 
     Returns:
         The asset; its table has a row for each variant and seed.
@@ -70,7 +71,7 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
         ],
         code_version=code_version(rules_of_ablations),
         kinds={"pytorch", "parquet"},
-        pool="gpu",
+        pool=training_pool(settings),
         metadata=table_metadata(schemas.ABLATIONS, sensor),
         check_specs=check_specs([sensor.name, "ablations"], partitioned=False),
     )
@@ -88,6 +89,8 @@ def build_ablations(sensor: Sensor) -> dg.AssetsDefinition:
         made = Benchmark.load(benchmark_file(storage, sensor))
         setup_id = fingerprint(
             *(world.training_recipe, config.train_config, foundation.model_id),
+            # Variants are made from the same regions: scores of before these changed are not beside those of after.
+            training_sets.latest(storage.root, sensor).name,
             *(made.chips, made.labels, made.segmentation_chips, made.masks),
             code_version(rules_of_ablations, *LEARNING_MODULES),
         )
@@ -153,7 +156,7 @@ def prepare(
                 progress=progress.task(f"{place['region']} {sensor.name} chips of {variant.name}"),
             )
         here = rules_of_ablations.variant_root(storage.root, sensor, variant)
-        return training_sets.build_training_set(here, sensor).folder
+        return training_sets.build_training_set(here, sensor, photos_root=storage.root).folder
     snapshot = training_sets.latest(storage.root, sensor)
     if variant.needs_alt_text:
         rules_of_ablations.write_alt_texts(storage.root, snapshot, foundation.embed_texts)
@@ -190,7 +193,7 @@ def results(trained: Trained, made: Benchmark, output: UPath) -> dict[str, Any]:
     from training.zero_shot.prompts import load_prompts
     from training.zero_shot.scoring import score_images, score_segmentation
 
-    encoder = {"encoder": local_model(output / "encoder")}
+    encoder = {"encoder": local_model(output / "encoder", "auto")}
     prompts = load_prompts("planet")
     images = score_images(encoder, made.chips, made.labels, prompts.restricted_to(made.classes))
     classes = prompts.restricted_to(made.all_classes)

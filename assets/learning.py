@@ -54,11 +54,17 @@ def encoder_folder(storage: Storage, sensor: Sensor, level: str):
     return storage.models_folder / f"sensor={sensor.name}" / f"{level}_encoder" / "encoder"
 
 
-def local_model(folder):
-    """Load an open_clip folder of the storage as training.encoders.Clip."""
+def local_model(folder, device: str = "cpu"):
+    """Load an open_clip folder of the storage as training.encoders.Clip; `auto` is for steps of the pool `gpu`."""
     from training.encoders import load_clip
+    from training.loop import resolve_device
 
-    return load_clip(f"local-dir:{folder}")
+    return load_clip(f"local-dir:{folder}", device=resolve_device(device))
+
+
+def training_pool(settings: Settings) -> str:
+    """The pool of what trains encoders: in a pod it has a GPU of its own, and steps that embed do not wait for it."""
+    return "training" if settings.training_launcher == "kubernetes" else "gpu"
 
 
 def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefinition]:
@@ -72,8 +78,7 @@ def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsD
         `training_set`, `image_encoder`, `pixel_encoder`, `chip_embeddings`.
     """
     options = {"key_prefix": sensor.name, "group_name": sensor.name, "owners": OWNERS}
-    # A pod trains on a GPU of its own: steps that embed do not wait for it.
-    pool = "training" if settings.training_launcher == "kubernetes" else "gpu"
+    pool = training_pool(settings)
 
     @dg.asset(
         **options,
@@ -114,6 +119,7 @@ def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsD
             photos=made.photos,
             guard_pairs=made.guard_pairs,
             unembedded_pairs=made.unembedded_pairs,
+            moved_pairs=made.moved_pairs,
             **{f"pairs/{split}": count for split, count in made.pairs_by_split.items()},
         )
 
@@ -196,7 +202,7 @@ def embed_region(
     from training.encoders import encode_images
 
     place = {"sensor": kept_as, "region": region}
-    clip = local_model(encoder_folder(storage, sensor, "image"))
+    clip = local_model(encoder_folder(storage, sensor, "image"), "auto")
 
     def embed(contents):
         return encode_images(clip, chips.decode_all(contents), crop_px=sensor.crop_px)

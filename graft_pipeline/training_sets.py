@@ -6,8 +6,10 @@ How a training set is read into tensors is in training/data.py.
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +34,21 @@ from graft_pipeline.manifests import (
     remove_partial_files,
     write_bytes_atomic,
 )
+from graft_pipeline.photos import MOVED
 from graft_pipeline.provenance import code_version, fingerprint
-from graft_pipeline.schemas import CHIPS, GROUND_EMBEDDINGS, GROUND_IMAGES, PAIRS, TRAINING_PAIRS, Dataset
+from graft_pipeline.schemas import (
+    CHIPS,
+    FLICKR_PHOTOS,
+    GROUND_EMBEDDINGS,
+    GROUND_IMAGES,
+    PAIRS,
+    TRAINING_PAIRS,
+    Dataset,
+)
 from graft_pipeline.splits import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
     from upath import UPath
 
 logger = logging.getLogger(__name__)
@@ -47,6 +59,9 @@ LATEST = "latest.json"
 EMBEDDINGS = "ground_embeddings.npy"
 
 _TABLE = f"{TRAINING_PAIRS.name}.parquet"
+
+#: Of a photo that a region pairs and whose record it lacks.
+_NOWHERE = (False, 0.0, False)
 
 #: Bounds memory: 32 MB of vectors of 512.
 _EMBEDDINGS_PER_BATCH = 16_384
@@ -66,6 +81,7 @@ class TrainingSetInfo:
         pairs_by_split: pairs of `train` and `validation`.
         guard_pairs: pairs left out because their chip touches ground of both splits.
         unembedded_pairs: pairs left out because their photo has no embedding yet.
+        moved_pairs: pairs left out because their photo, or their tile's centre photo, lies in another region by now.
         regions: regions with pairs.
         model_id: fingerprint of the foundation model.
     """
@@ -79,18 +95,25 @@ class TrainingSetInfo:
     pairs_by_split: dict[str, int]
     guard_pairs: int
     unembedded_pairs: int
+    moved_pairs: int
     regions: tuple[str, ...]
     model_id: str
 
 
 def build_training_set(
-    root: "UPath | Path", sensor: Sensor, regions: Sequence[str] | None = None
+    root: "UPath | Path",
+    sensor: Sensor,
+    regions: Sequence[str] | None = None,
+    photos_root: "UPath | Path | None" = None,
 ) -> TrainingSetInfo:
     """Freeze the pairs of a sensor: one table, and one matrix of the photos' embeddings.
 
-    Regions are read once, one after the other, and written as they come; memory holds one region's pairs, a few
-    thousand embeddings, and the pairs of the validation split, which come last. Chips stay in their shards,
-    which never change.
+    Regions are read one after the other, and written as they come; memory holds one region's pairs, a few thousand
+    embeddings, the pairs of the validation split, which come last, and eight bytes for each photo. Chips stay in
+    their shards, which never change.
+
+    A photo whose geotag was moved to another region may still be paired in both, as a region does not look at its
+    neighbours: it is used where its latest record places it, and with it the tile that it is the centre of.
 
     The fingerprint covers the rows, the embeddings, the versions of what they were made from (the content of the
     images and of the chips, the scenes and their times) and that of this module.
@@ -99,22 +122,24 @@ def build_training_set(
         root: storage root.
         sensor: the sensor.
         regions: keys of the regions to use; None: all that have pairs.
+        photos_root: root where FLICKR_PHOTOS lie; None: the same.
 
     Returns:
         The snapshot. The same content gives the same folder and is not written twice.
 
     Raises:
-        DataError: if there are no pairs, or embeddings of several models or widths, or a tile lies in two regions.
+        DataError: if there are no pairs, or embeddings of several models or widths.
     """
     keys = _stored_regions(root, PAIRS, sensor) if regions is None else sorted(set(regions))
     folder = root / TRAINING_PAIRS.name / f"sensor={sensor.name}"
     remove_partial_files(folder)
+    elsewhere = _elsewhere(root, sensor, keys, photos_root or root)
     found = _Found()
     with partial_files(folder, EMBEDDINGS, _TABLE) as (embeddings, table):
         with _MatrixWriter(embeddings) as matrix, TableWriter(table, TRAINING_PAIRS) as rows:
             validation = []
             for key in keys:
-                of_region = _read_region(root, sensor, key, matrix, found)
+                of_region = _read_region(root, sensor, key, elsewhere.get(key, []), matrix, found)
                 rows.write(of_region.filter(pc.equal(of_region["split"], TRAIN)))
                 validation.append(of_region.filter(pc.equal(of_region["split"], VALIDATION)))
             for piece in validation:
@@ -134,12 +159,13 @@ def build_training_set(
         folder=folder,
         fingerprint=snapshot,
         is_new=is_new,
-        tiles=sum(map(len, found.tile_ids)),
+        tiles=found.tiles,
         photos=matrix.rows,
         pairs=sum(found.pairs.values()),
         pairs_by_split=found.pairs,
         guard_pairs=found.guard,
         unembedded_pairs=found.unembedded,
+        moved_pairs=found.moved,
         regions=tuple(found.regions),
         model_id=found.model_ids.pop(),
     )
@@ -199,11 +225,12 @@ class _Found:
 
     regions: list[str] = field(default_factory=list)
     pairs: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
-    tile_ids: list[pa.Array] = field(default_factory=list)
+    tiles: int = 0
     model_ids: set[str] = field(default_factory=set)
     versions: list[str] = field(default_factory=list)
     guard: int = 0
     unembedded: int = 0
+    moved: int = 0
 
 
 def _check(found: _Found, sensor: Sensor) -> None:
@@ -218,23 +245,90 @@ def _check(found: _Found, sensor: Sensor) -> None:
             f"Ground embeddings come from several foundation models {sorted(found.model_ids)}: "
             "materialise ground_embeddings of all regions with one."
         )
-    tile_ids = pa.chunked_array(found.tile_ids)
-    repeated = len(tile_ids) - pc.count_distinct(tile_ids).as_py()
-    if repeated:
-        raise DataError(
-            f"{repeated} tiles of {sensor.name} lie in two regions, as their centre photos moved: "
-            "materialise tiles of these regions with full_refresh."
+
+
+def _elsewhere(
+    root: "UPath | Path", sensor: Sensor, regions: Sequence[str], photos_root: "UPath | Path"
+) -> dict[str, list[str]]:
+    """By region, the photos that its pairs name, but that lie in another one that names them too."""
+    import duckdb
+
+    named: dict[str, list[str]] = defaultdict(list)
+    with closing(duckdb.connect(":memory:")) as database:
+        hashes = {region: _hashes(database, _named_photos(root, sensor, region)) for region in regions}
+    every = np.sort(np.concatenate([*hashes.values(), np.empty(0, np.uint64)]))
+    repeated = np.unique(every[1:][every[1:] == every[:-1]])
+    if not repeated.size:
+        return {}
+    for region in regions:
+        is_repeated = np.isin(hashes[region], repeated)
+        if is_repeated.any():
+            for photo_id in _named_photos(root, sensor, region).filter(pa.array(is_repeated)).to_pylist():
+                named[photo_id].append(region)
+    places = {
+        region: _places(photos_root, region, list(named))
+        for region in sorted({region for several in named.values() for region in several})
+    }
+    elsewhere: dict[str, list[str]] = defaultdict(list)
+    for photo_id in sorted(named):
+        *others, _ = sorted(named[photo_id], key=lambda region: places[region].get(photo_id, _NOWHERE))
+        for region in others:
+            elsewhere[region].append(photo_id)
+    return elsewhere
+
+
+def _named_photos(root: "UPath | Path", sensor: Sensor, region: str) -> pa.Array:
+    """The photos that a region's pairs name, those at the tiles' centres too; each once."""
+    path = partition_file(root, PAIRS, sensor=sensor.name, region=region)
+    pairs = read_table(path, PAIRS, ["tile_id", "photo_id"])
+    if pairs is None:
+        return pa.array([], pa.string())
+    centers = pc.utf8_slice_codeunits(pc.unique(pairs["tile_id"]), len(sensor.name) + 1)
+    return pc.unique(pa.concat_arrays([pc.unique(pairs["photo_id"]), centers]))
+
+
+def _hashes(database: "DuckDBPyConnection", ids: pa.Array) -> npt.NDArray[np.uint64]:
+    """One number for each id: what all regions name is compared in a fraction of the memory."""
+    database.register("ids", pa.table({"id": ids}))
+    hashes: npt.NDArray[np.uint64] = database.execute("SELECT hash(id) AS h FROM ids").fetchnumpy()["h"]
+    return hashes
+
+
+def _places(root: "UPath | Path", region: str, photo_ids: list[str]) -> dict[str, tuple[bool, float, bool]]:
+    """How well a region knows where photos lie, to be compared: the greatest is right."""
+    names = ["photo_id", "status", "reason", "updated_at_utc"]
+    photos = read_table(partition_file(root, FLICKR_PHOTOS, region=region), FLICKR_PHOTOS, names)
+    if photos is None:
+        return {}
+    # A record that shows a photo in its new place is younger than any that shows it in its old one.
+    return {
+        row["photo_id"]: (
+            row["reason"] != MOVED,
+            row["updated_at_utc"].timestamp() if row["updated_at_utc"] else 0.0,
+            row["status"] == "ok",
         )
+        for row in photos.filter(pc.is_in(photos["photo_id"], pa.array(photo_ids))).to_pylist()
+    }
 
 
 def _read_region(
-    root: "UPath | Path", sensor: Sensor, region: str, matrix: "_MatrixWriter", found: _Found
+    root: "UPath | Path",
+    sensor: Sensor,
+    region: str,
+    elsewhere: list[str],
+    matrix: "_MatrixWriter",
+    found: _Found,
 ) -> pa.Table:
     """TRAINING_PAIRS rows of one region, sorted by tile_id and photo_id; its embeddings go to the matrix."""
     names = ["tile_id", "photo_id", "split", "col_px", "row_px", "lon_deg", "lat_deg"]
     pairs = read_table(partition_file(root, PAIRS, sensor=sensor.name, region=region), PAIRS, names)
     if pairs is None:
         return TRAINING_PAIRS.empty()
+    if elsewhere:
+        tiles = pa.array([f"{sensor.name}-{photo_id}" for photo_id in elsewhere])
+        is_moved = pc.or_(pc.is_in(pairs["photo_id"], pa.array(elsewhere)), pc.is_in(pairs["tile_id"], tiles))
+        found.moved += pc.sum(is_moved).as_py() or 0
+        pairs = pairs.filter(pc.invert(is_moved))
     used = pairs.filter(pc.is_in(pairs["split"], pa.array([TRAIN, VALIDATION])))
     found.guard += pairs.num_rows - used.num_rows
     with open_table(partition_file(root, GROUND_EMBEDDINGS, region=region), GROUND_EMBEDDINGS) as file:
@@ -254,7 +348,7 @@ def _read_region(
     chips = _chips_of(root, sensor, region, located)
     position = pc.index_in(located["tile_id"], chips["tile_id"].combine_chunks())
     found.regions.append(region)
-    found.tile_ids.append(chips["tile_id"].combine_chunks())
+    found.tiles += chips.num_rows
     for name in found.pairs:
         found.pairs[name] += pc.sum(pc.equal(located["split"], name)).as_py()
     images = read_table(

@@ -16,7 +16,15 @@ from graft_pipeline import manifests, training_sets
 from graft_pipeline.errors import DataError
 from graft_pipeline.imagery import NAIP, SENTINEL2
 from graft_pipeline.manifests import partition_file, read_table, write_table
-from graft_pipeline.schemas import CHIPS, GROUND_EMBEDDINGS, GROUND_IMAGES, PAIRS, TRAINING_PAIRS, Dataset
+from graft_pipeline.schemas import (
+    CHIPS,
+    FLICKR_PHOTOS,
+    GROUND_EMBEDDINGS,
+    GROUND_IMAGES,
+    PAIRS,
+    TRAINING_PAIRS,
+    Dataset,
+)
 
 TIME = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -41,7 +49,7 @@ def write_region(
     rows = [
         dict.fromkeys(PAIRS.schema.names)
         | base
-        | {"tile_id": tile, "photo_id": photo, "center_photo_id": photo, "split": split}
+        | {"tile_id": tile, "photo_id": photo, "center_photo_id": tile[5:], "split": split}
         for tile, photo, split in pairs
     ]
     table = pa.Table.from_pylist(rows, schema=PAIRS.schema)
@@ -224,10 +232,65 @@ def test_a_killed_build_leaves_nothing_that_counts(stored: UPath, tmp_path: Path
     assert not leftover.exists()
 
 
-def test_a_tile_of_two_regions_is_refused(stored: UPath) -> None:
+def write_photo(make_photos: Any, root: UPath, region: str, photo_id: str, **values: Any) -> None:
+    table = make_photos([{"photo_id": photo_id, **values}])
+    write_table(partition_file(root, FLICKR_PHOTOS, region=region), table, FLICKR_PHOTOS)
+
+
+OLD, NEW = TIME, TIME + timedelta(days=1)
+MOVED = {"status": "rejected", "reason": "moved"}
+
+
+@pytest.mark.parametrize(
+    ("in_west", "in_east", "place"),
+    [
+        ({"updated_at_utc": NEW}, {"updated_at_utc": OLD}, "N42W072"),
+        ({"updated_at_utc": OLD}, {"updated_at_utc": NEW}, "N41W071"),
+        # Its new region rejects it: its old place is wrong all the same.
+        ({"updated_at_utc": OLD}, {"updated_at_utc": NEW, "status": "rejected"}, "N41W071"),
+        ({"updated_at_utc": NEW} | MOVED, {"updated_at_utc": NEW}, "N41W071"),
+        ({}, {"updated_at_utc": OLD} | MOVED, "N42W072"),
+        ({}, {}, "N42W072"),
+    ],
+)
+def test_a_photo_that_moved_is_used_where_it_lies_now(
+    stored: UPath,
+    make_photos: Any,
+    in_west: dict[str, Any],
+    in_east: dict[str, Any],
+    place: str,
+) -> None:
+    """Photo 20 is paired in two regions: as the centre of a tile with another photo, and of one with itself."""
+    alone = training_sets.build_training_set(stored, NAIP)
+    write_region(stored, "N41W071", [("naip-20", "20", "validation"), ("naip-30", "20", "train")], ["20"])
+    write_photo(make_photos, stored, "N42W072", "20", **in_west)
+    write_photo(make_photos, stored, "N41W071", "20", **in_east)
+    made = training_sets.build_training_set(stored, NAIP)
+    table = training_sets.read(made.folder)
+    pairs = [tuple(row.values()) for row in table.select(["region", "tile_id", "photo_id"]).to_pylist()]
+    if place == "N42W072":
+        assert made.moved_pairs == 2
+        assert table.equals(training_sets.read(alone.folder))
+    else:
+        assert made.moved_pairs == 2
+        assert {pair for pair in pairs if pair[0] != "N42W071"} == {
+            ("N41W071", "naip-20", "20"),
+            ("N41W071", "naip-30", "20"),
+            ("N42W072", "naip-8", "9"),
+        }
+    assert made.tiles == len({tile for _, tile, _ in pairs})
+    assert len({(tile, photo) for _, tile, photo in pairs}) == len(pairs)
+    assert training_sets.build_training_set(stored, NAIP).fingerprint == made.fingerprint
+
+
+def test_a_photo_that_moved_is_no_centre_of_others_where_it_was(stored: UPath, make_photos: Any) -> None:
+    """Its old region knows that it is gone and pairs it no more; its tile stays there."""
     write_region(stored, "N41W071", [("naip-20", "20", "train")], ["20"])
-    with pytest.raises(DataError, match="lie in two regions"):
-        training_sets.build_training_set(stored, NAIP)
+    write_region(stored, "N42W072", [("naip-20", "3", "train"), ("naip-8", "9", "validation")], ["3", "9"])
+    write_photo(make_photos, stored, "N42W072", "20", **MOVED)
+    write_photo(make_photos, stored, "N41W071", "20")
+    made = training_sets.build_training_set(stored, NAIP)
+    assert (made.moved_pairs, made.pairs, made.tiles) == (1, 3, 3)
 
 
 def test_embeddings_of_several_widths_are_refused(stored: UPath) -> None:
