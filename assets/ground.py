@@ -69,7 +69,7 @@ class FlickrPhotosConfig(dg.Config):
 class FetchConfig(dg.Config):
     """What a single run may ask of `ground_images` and `chips`."""
 
-    #: Try failed rows again today, whatever the day in their `retry_on`.
+    #: Try failed and rejected rows again today, whatever the day in their `retry_on` and their attempts.
     retry_now: bool = False
 
 

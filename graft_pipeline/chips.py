@@ -259,12 +259,13 @@ def decode_all(contents: Iterable[bytes]) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Order:
-    """One chip to be fetched."""
+    """One chip to be fetched; `is_last`: it is not tried again by itself."""
 
     tile_id: str
     grid: Grid
     taken_at_utc: datetime | None
     scene_ids: list[str]
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,11 +303,16 @@ def update(
     """Fetch the chips that a region's tiles do not have yet, and store them.
 
     A tile's candidate scenes are asked in their order. One with missing pixels there, with clouds over it where
-    the sensor's rule looks at the chip, or that cannot serve it for good, gives way to the next. `failed`, to be
-    tried again: `no_scene` (none contains the chip; costs nothing, counts as no attempt, and is looked at each
-    time), `nodata` (each has missing pixels), `cloudy` (each that has none has clouds), or a passing failure's own
-    reason; these wait for the day in `retry_on`. `rejected`: every scene refused for good. A stored chip is
-    fetched anew where it does not obey the cloud rule in force, or its raw bands are wanted and were not kept.
+    the sensor's rule looks at the chip, or that cannot serve it for good, gives way to the next; on the last of
+    `max_attempts` one that fails in passing does, too. `failed`, to be tried again: `no_scene` (none contains the
+    chip; costs nothing, counts as no attempt, and is looked at each time), `nodata` (each has missing pixels),
+    `cloudy` (each that has none has clouds), or a passing failure's own reason; these wait for the day in
+    `retry_on`. `rejected`: every scene refused for good. Whatever its status and attempts, a chip that is not ok is
+    tried anew where the sensor's record or the candidate scenes are others than they were.
+
+    A stored chip is fetched anew where it does not obey the cloud rule in force, where the sensor's record says
+    something else of pixels than it did, or where raw bands are wanted that were not kept. It stays where its scene
+    is listed no more.
 
     Args:
         tiles: TILES rows of the region.
@@ -319,7 +325,7 @@ def update(
         concurrency: number of threads.
         max_attempts: tries before a tile is left alone.
         today: UTC day; failed rows say on which they are tried again.
-        retry_now: try failed rows again whatever their day.
+        retry_now: try failed and rejected rows again, whatever their day and attempts.
         shard_size: tiles after which a shard and the index are written.
         progress: called with (done, total).
 
@@ -333,17 +339,32 @@ def update(
     known = CHIPS.empty() if existing is None else existing
     valid = _obeying(_of_same_grid(known, tiles), sensor)
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
-    todo, attempts = pending_rows(
-        ordered.select(["tile_id"]), valid, "tile_id", max_attempts, today, retry_now=retry_now
-    )
-    wanted = ordered.filter(
-        pc.is_in(ordered["tile_id"], pa.array([row["tile_id"] for row in todo], pa.string()))
-    )
-    grids, times = tile_grids(wanted), center_times(wanted, photos)
+    stored = valid.filter(pc.equal(valid["status"], "ok"))
+    is_stored = pc.is_in(ordered["tile_id"], stored["tile_id"].combine_chunks())
+    lacking = ordered.filter(pc.invert(is_stored))
+    grids, times = tile_grids(lacking), center_times(lacking, photos)
     scene_ids = candidates_for_grids(grids, times, scenes, sensor, most_candidates(sensor))
+    ids, record = lacking["tile_id"].to_pylist(), fingerprint(sensor)
+    requests = {
+        tile_id: fingerprint(record, offered) for tile_id, offered in zip(ids, scene_ids, strict=True)
+    }
+    asked = dict(zip(valid["tile_id"].to_pylist(), valid["request_id"].to_pylist(), strict=True))
+    todo, attempts = pending_rows(
+        lacking.select(["tile_id"]),
+        valid,
+        "tile_id",
+        max_attempts,
+        today,
+        retry_now=retry_now,
+        changed=[tile_id for tile_id, request in requests.items() if asked.get(tile_id, request) != request],
+    )
+    pending = {row["tile_id"] for row in todo}
     orders = [
-        _Order(*fields) for fields in zip(wanted["tile_id"].to_pylist(), grids, times, scene_ids, strict=True)
+        _Order(tile_id, grid, time, offered, is_last=attempts.get(tile_id, 0) + 1 >= max_attempts)
+        for tile_id, grid, time, offered in zip(ids, grids, times, scene_ids, strict=True)
+        if tile_id in pending
     ]
+    sensor_id = pixels_id(sensor)
     listed = {row["scene_id"]: row for row in scenes.drop_columns(["footprint_wkb"]).to_pylist()}
     store = StoredItems(folder, CHIPS, known, stem="chips", extension="tif", shard_size=shard_size)
     without = [order for order in orders if not order.scene_ids]
@@ -354,8 +375,8 @@ def update(
 
     with store, closing(ordered_map(outcome, served, concurrency)) as results:
         for order in without:
-            tried = attempts.get(order.tile_id, 0)
-            store.add({**_row(order, tried), "status": "failed", "reason": "no_scene", "scenes_tried": 0})
+            row = _row(order, attempts.get(order.tile_id, 0)) | {"request_id": requests[order.tile_id]}
+            store.add({**row, "status": "failed", "reason": "no_scene", "scenes_tried": 0})
         for done, (order, result) in enumerate(results, start=1):
             row = {
                 **_row(order, attempts.get(order.tile_id, 0) + 1),
@@ -367,7 +388,10 @@ def update(
             }
             if result.status == "failed":
                 row["retry_on"] = retry_day(row["attempts"], today)
-            if result.scene_id is not None:
+            if result.scene_id is None:
+                row["request_id"] = requests[order.tile_id]
+            else:
+                row |= {"sensor_id": sensor_id, "raw_bands": ",".join(sensor.raw_bands) or None}
                 scene = listed[result.scene_id]
                 row |= {name: scene[name] for name in ("scene_id", "acquired_at_utc", "cloud_pct")}
                 if order.taken_at_utc is not None:
@@ -406,7 +430,7 @@ def _kept_or_served(order: _Order, sensor: Sensor, fetch: Fetch, unfinished: Unf
 
 def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
     """Ask a tile's scenes in turn."""
-    refusal, tried = "", 0
+    refusal, passing, tried = "", "", 0
     judged: list[Quality] = []
     shape = (order.grid.height_px, order.grid.width_px, len(sensor.requested_bands))
     for scene_id in order.scene_ids:
@@ -414,10 +438,14 @@ def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
         try:
             array = fetch(sensor, scene_id, order.grid)
         except ItemError as error:
-            if not error.is_permanent:
+            if error.is_permanent:
+                refusal = error.reason
+            elif order.is_last:
+                # What has failed each time may fail for ever: better another scene than none.
+                passing = passing or error.reason
+            else:
                 # The same scene is asked again next time: a passing failure must not change which one serves.
                 return _Outcome("failed", error.reason, tried)
-            refusal = error.reason
             continue
         if array.shape != shape:
             raise DataError(
@@ -434,27 +462,58 @@ def _serve(order: _Order, sensor: Sensor, fetch: Fetch) -> _Outcome:
                 raw = encode_raw(array[..., numbers], order.grid, sensor.raw_bands)
             return _Outcome("ok", None, tried, scene_id, 0, found.cloud_pct, encode(rgb, order.grid), raw)
     if not judged:
-        return _Outcome("rejected", refusal, tried)
+        return _Outcome("failed", passing, tried) if passing else _Outcome("rejected", refusal, tried)
     whole = [found for found in judged if found.nodata_px == 0]
     clouds = [found.cloud_pct for found in whole or judged if found.cloud_pct is not None]
     return _Outcome(
         "failed",
-        "cloudy" if whole else "nodata",
+        passing or ("cloudy" if whole else "nodata"),
         tried,
         nodata_px=min(found.nodata_px for found in judged),
         chip_cloud_pct=min(clouds, default=None),
     )
 
 
+def pixels_id(sensor: Sensor) -> str:
+    """Fingerprint of what decides a chip's pixels and how cloudy they are, its scene aside.
+
+    Args:
+        sensor: its name, its cloud limits and how scenes are listed and chosen do not count: chips of one scene are
+            the same under all of them. Raw bands have a column of their own, as fewer need no other chip.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    scale = None if sensor.display_range is None else [float(value) for value in sensor.display_range]
+    return fingerprint(
+        sensor.collection,
+        sensor.bands,
+        float(sensor.gsd_m),
+        sensor.chip_px,
+        scale,
+        sensor.offset,
+        sensor.mask_band,
+        sorted(sensor.cloud_classes),
+    )
+
+
 def _obeying(known: pa.Table, sensor: Sensor) -> pa.Table:
-    """Rows without the chips that another cloud rule or none accepted, or whose raw bands were not kept."""
+    """Rows without the chips that another cloud rule or another sensor made, or that lack raw bands."""
     is_kept = pc.not_equal(known["status"], "ok")
-    is_good = pa.repeat(pa.scalar(True), known.num_rows)
-    if sensor.max_cloud_pct is not None:
-        cloud = known["chip_cloud_pct" if sensor.has_mask else "cloud_pct"]
-        is_good = pc.and_(is_good, pc.fill_null(pc.less(cloud, sensor.max_cloud_pct), False))
+    is_good = pc.fill_null(pc.equal(known["sensor_id"], pixels_id(sensor)), False)
+    if sensor.scene_limit_pct is not None:
+        is_good = pc.and_(is_good, pc.fill_null(pc.less(known["cloud_pct"], sensor.scene_limit_pct), False))
+    if sensor.has_mask:
+        is_clear = pc.less(known["chip_cloud_pct"], sensor.max_cloud_pct or 0.0)
+        is_good = pc.and_(is_good, pc.fill_null(is_clear, False))
     if sensor.raw_bands:
-        is_good = pc.and_(is_good, pc.is_valid(known["raw_shard"]))
+        wanted = set(",".join(sensor.raw_bands).split(","))
+        enough = [
+            bands
+            for bands in pc.unique(known["raw_bands"]).to_pylist()
+            if wanted <= set((bands or "").split(","))
+        ]
+        is_good = pc.and_(is_good, pc.is_in(known["raw_bands"], pa.array(enough, pa.string())))
     return known.filter(pc.or_(is_kept, is_good))
 
 

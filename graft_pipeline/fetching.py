@@ -4,7 +4,7 @@ What is fetched and what a failure means is decided in chips.py and ground_image
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 
 #: Longest time that a failed row is left in peace, days.
 MAX_BACK_OFF_DAYS = 32
+#: Reasons of rejected rows that asking once more cannot change: what came was compared with other items.
+FINAL_REASONS = ("near_duplicate",)
 
 
 def ordered_map(
@@ -202,27 +204,45 @@ def retry_day(attempts: int, today: date) -> date:
 
 
 def pending_rows(
-    items: pa.Table, known: pa.Table, key: str, max_attempts: int, today: date, *, retry_now: bool = False
+    items: pa.Table,
+    known: pa.Table,
+    key: str,
+    max_attempts: int,
+    today: date,
+    *,
+    retry_now: bool = False,
+    changed: Collection[str] = (),
+    final: Collection[str] = FINAL_REASONS,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Which items are to be fetched: those without a row, and failed ones below the limit whose day has come.
 
     Args:
         items: what there is to fetch.
-        known: index rows with the columns `status`, `attempts` and `retry_on`.
+        known: index rows with the columns `status`, `reason`, `attempts` and `retry_on`.
         key: the column that identifies both.
         max_attempts: tries before an item is left alone.
         today: UTC day. A failed row without `retry_on` waits for none.
-        retry_now: do not wait for any day.
+        retry_now: do not wait for any day, and try rejected rows and those that are left alone once more, too.
+        changed: keys of rows that are not ok and whose request would be another today: they are fetched as if
+            never before.
+        final: reasons of rejected rows that `retry_now` leaves alone, as no request would answer otherwise.
 
     Returns:
-        The items in their order, and how often each failed one was tried.
+        The items in their order, and how often each known one of them was tried.
     """
-    failed = pc.and_(pc.equal(known["status"], "failed"), pc.less(known["attempts"], max_attempts))
-    is_due = pc.fill_null(pc.less_equal(known["retry_on"], pa.scalar(today, pa.date32())), True)
-    again = known.filter(failed if retry_now else pc.and_(failed, is_due))
+    is_failed = pc.equal(known["status"], "failed")
+    if retry_now:
+        is_final = pc.fill_null(pc.is_in(known["reason"], pa.array(list(final), pa.string())), False)
+        is_again = pc.or_(is_failed, pc.and_(pc.equal(known["status"], "rejected"), pc.invert(is_final)))
+    else:
+        is_due = pc.fill_null(pc.less_equal(known["retry_on"], pa.scalar(today, pa.date32())), True)
+        is_again = pc.and_(pc.and_(is_failed, pc.less(known["attempts"], max_attempts)), is_due)
+    is_changed = pc.is_in(known[key], pa.array(list(changed), pa.string()))
+    is_changed = pc.and_(is_changed, pc.not_equal(known["status"], "ok"))
+    again, anew = known.filter(pc.and_(is_again, pc.invert(is_changed))), known.filter(is_changed)
     is_known = pc.is_in(items[key], known[key].combine_chunks())
-    is_again = pc.is_in(items[key], again[key].combine_chunks())
-    todo = items.filter(pc.or_(pc.invert(is_known), is_again)).to_pylist()
+    is_wanted = pc.is_in(items[key], pa.concat_tables([again, anew])[key].combine_chunks())
+    todo = items.filter(pc.or_(pc.invert(is_known), is_wanted)).to_pylist()
     return todo, dict(zip(again[key].to_pylist(), again["attempts"].to_pylist(), strict=True))
 
 

@@ -68,7 +68,12 @@ COMPUTED: dict[str, dict[str, str]] = {
         "chip_px": "the sensor's record",
         "sampling": "the setting sampling",
     },
-    "chips": {"attempts": "counts requests", "retry_on": "the clock and the attempts"},
+    "chips": {
+        "attempts": "counts requests",
+        "retry_on": "the clock and the attempts",
+        "sensor_id": "the sensor's record",
+        "raw_bands": "the sensor's record",
+    },
     "ablations": {
         "variant": "name of a variant",
         "seed": "asked for in the run",
@@ -184,7 +189,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
         **_same("scenes", "acquired_at_utc", "cloud_pct"),
         "chip_cloud_pct": ("imagery.mask", "chips.scene_id", "tiles.x0_m", "tiles.y0_m"),
         "time_difference_days": ("scenes.acquired_at_utc", "flickr_photos.taken_at_utc"),
-        "scenes_tried": _SCENE,
+        **dict.fromkeys(("scenes_tried", "request_id"), _SCENE),
         **dict.fromkeys(
             ("status", "reason", "nodata_px", "shard", "offset", "size_bytes", "sha256"),
             _PIXELS,

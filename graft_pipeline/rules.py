@@ -5,7 +5,7 @@ How rows come to obey the rules is in sampling, pairing, splits and scenes; thes
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,8 @@ DESCRIPTIONS = {
     "footprint_membership": "Every photo lies in its tile's footprint, at the pixel that the chip's affine gives.",
     "photo_cap": "No tile has more photos than the cap (paper: 25).",
     "chip_georeference": "Stored chips are GeoTIFFs on the grid that their row announces, centred on the photo.",
-    "cloud_and_time": "Every chip's scene is listed and holds the whole chip; its clouds are below the limit of the "
-    "rule in force, by scene or by chip.",
+    "cloud_and_time": "Every chip is dated, its scene holds all of it, and its clouds are below the limit of the rule "
+    "in force, by scene or by chip. Chips of scenes that are listed no more stay.",
     "split_disjointness": "Train and validation share no tile, no photo and no ground.",
     "no_training_ground": "No training tile touches the ground of the benchmark.",
     "not_empty": "The region has rows. Warns: a region may be empty for good reasons, such as a lake.",
@@ -283,37 +283,51 @@ def chip_georeference(
 def cloud_and_time(
     chips: pa.Table, tiles: pa.Table, photos: pa.Table, scenes: pa.Table, sensor: Sensor
 ) -> Finding:
-    """Check each chip: its scene still listed and holding all of it, its clouds below the limit of the rule in force.
+    """Check each chip: dated, its clouds below the limit of the rule in force, and all of it held by its scene.
 
-    By scene, that is the percentage of the scene's listing; by chip, the chip's own, which has to be known.
-    Scenes that were listed after a chip was fetched may be nearer in time; the evidence counts how many chips have
-    the choice that the rule would make today.
+    By scene, clouds are the scene's percentage when the chip was fetched; by chip, the chip's own. Either has to be
+    known where there is a limit. Sources withdraw scenes and list them under other ids: a chip whose scene is listed
+    no more was paid for, and what the scene was is in its row. The evidence counts these, and how many chips have
+    the choice that the rule would make today: scenes that were listed later may be nearer in time.
     """
     from graft_pipeline.scenes import chip_candidates
 
     ok = chips.filter(pc.equal(chips["status"], "ok"))
-    listed = {row["scene_id"]: row for row in scenes.select(["scene_id", "cloud_pct"]).to_pylist()}
-    limit = sensor.max_cloud_pct
-    used = ok.select(["tile_id", "scene_id"]).to_pylist()
-    unlisted = sum(row["scene_id"] not in listed for row in used)
-    cloudy = 0
-    if limit is not None and sensor.has_mask:
-        cloudy = sum(cloud is None or cloud >= limit for cloud in ok["chip_cloud_pct"].to_pylist())
-    elif limit is not None:
-        cloudy = sum(
-            (listed[row["scene_id"]]["cloud_pct"] or 0) >= limit for row in used if row["scene_id"] in listed
-        )
-    serving = chip_candidates(tiles, photos, scenes, sensor, ok["tile_id"].to_pylist(), limit=scenes.num_rows)
-    not_serving = sum(row["scene_id"] not in serving[row["tile_id"]] for row in used)
-    first = sum(serving[row["tile_id"]][:1] == [row["scene_id"]] for row in used)
+    limits = {"cloud_pct": sensor.scene_limit_pct}
+    if sensor.has_mask:
+        limits["chip_cloud_pct"] = sensor.max_cloud_pct
+    used = ok.select(["tile_id", "scene_id", "acquired_at_utc", *limits]).to_pylist()
+    cloudy = sum(
+        any(limit is not None and (row[name] is None or row[name] >= limit) for name, limit in limits.items())
+        for row in used
+    )
+    undated = ok["acquired_at_utc"].null_count
+    clouds = dict(zip(scenes["scene_id"].to_pylist(), scenes["cloud_pct"].to_pylist(), strict=True))
+    unlisted = sum(row["scene_id"] not in clouds for row in used)
+    # Which scene holds which chip has nothing to do with clouds; what the listing says of them may have changed.
+    any_clouds = replace(sensor, cloud_rule="scene", cloud_property=None, max_cloud_pct=None)
+    holding = chip_candidates(
+        tiles, photos, scenes, any_clouds, ok["tile_id"].to_pylist(), limit=scenes.num_rows
+    )
+    not_held = sum(
+        row["scene_id"] in clouds and row["scene_id"] not in holding[row["tile_id"]] for row in used
+    )
+    limit = sensor.scene_limit_pct
+    clear = {name for name, cloud in clouds.items() if limit is None or (cloud is not None and cloud < limit)}
+    first = sum(
+        next((name for name in holding[row["tile_id"]] if name in clear), None) == row["scene_id"]
+        for row in used
+    )
     days = np.abs(ok["time_difference_days"].drop_null().to_numpy())
     return Finding(
         "cloud_and_time",
-        unlisted + cloudy + not_serving,
-        f"{unlisted} unlisted scenes, {cloudy} above the cloud limit, {not_serving} that do not hold their chip",
+        undated + cloudy + not_held,
+        f"{undated} undated chips, {cloudy} above the cloud limit, {not_held} that their scene does not hold; "
+        f"{unlisted} of scenes that are listed no more, judged by their rows",
         {
             "chips": ok.num_rows,
             "first_choice": first,
+            "unlisted_scenes": unlisted,
             "median_days": float(np.median(days)) if len(days) else 0.0,
         },
     )

@@ -307,6 +307,100 @@ def test_a_client_that_gives_another_size_is_refused(
         )
 
 
+@pytest.mark.parametrize("is_permanent", [True, False])
+@pytest.mark.parametrize("repair", ["sensor", "scenes", "retry_now"])
+def test_what_was_given_up_is_tried_anew_after_a_repair(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, is_permanent: bool, repair: str
+) -> None:
+    imagery, listed = Imagery(), scene_table("A", "B")
+    imagery.answers = dict.fromkeys("AB", ItemError("bad_request", "It is bad.", is_permanent=is_permanent))
+    for later in (0, 1, 3, 90):
+        day = {**FEW, "today": TODAY + timedelta(days=later)}
+        table, changed = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **day)
+    assert not changed
+    assert "ok" not in table["status"].to_pylist()
+    imagery.answers, before = {}, dict(imagery.asked)
+    again, changed = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert (changed, imagery.asked) == (False, before), "nothing is asked while nothing is repaired"
+    sensor = replace(SMALL, display_range=(0.0, 255.0)) if repair == "sensor" else SMALL
+    scenes_now = scene_table("A", "B", "C") if repair == "scenes" else listed
+    bounds = {**FEW, "retry_now": repair == "retry_now"}
+    again, _ = chips.update(tiles, scenes_now, photos, sensor, UPath(tmp_path), imagery.fetch, **bounds)
+    assert set(again["status"].to_pylist()) == {"ok"}
+    attempts = 1 if repair != "retry_now" else table["attempts"][0].as_py() + 1
+    assert set(again["attempts"].to_pylist()) == {attempts}
+    assert again["request_id"].null_count == again.num_rows
+
+
+def test_clouds_under_an_old_rule_do_not_count_as_attempts(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    sky, one = Sky(A={9: 30}, B={9: 30}), {**FEW, "max_attempts": 1}
+    table, _ = chips.update(tiles, scene_table("A"), photos, CLOUDY, UPath(tmp_path), sky.fetch, **one)
+    assert set(table["reason"].to_pylist()) == {"cloudy"}
+    assert not chips.update(tiles, scene_table("A"), photos, CLOUDY, UPath(tmp_path), sky.fetch, **one)[1]
+    table, _ = chips.update(tiles, scene_table("A", "B"), photos, CLOUDY, UPath(tmp_path), sky.fetch, **one)
+    assert sky.asked == {"A": 2 * 23, "B": 23}
+    loose = replace(CLOUDY, max_cloud_pct=5.0)
+    table, _ = chips.update(tiles, scene_table("A", "B"), photos, loose, UPath(tmp_path), sky.fetch, **one)
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+@pytest.mark.parametrize(("other", "outcome"), [(None, "B"), ("nodata", "truncated")])
+def test_the_last_attempt_goes_on_to_the_next_scene(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, other: str | None, outcome: str
+) -> None:
+    imagery, listed = Imagery(), scene_table("A", "B")
+    imagery.answers = {"A": ItemError("truncated", "It is cut.", is_permanent=False), "B": other}
+    for later in (0, 1, 3):
+        day = {**FEW, "today": TODAY + timedelta(days=later)}
+        table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), imagery.fetch, **day)
+        assert set(table["scenes_tried"].to_pylist()) == {2 if later == 3 else 1}
+    assert set(table["scene_id" if other is None else "reason"].to_pylist()) == {outcome}
+    assert set(table["attempts"].to_pylist()) == {3}
+
+
+@pytest.mark.parametrize("later", ["BC", "", "A"])
+def test_a_chip_of_a_scene_that_is_listed_no_more_stays_and_obeys_the_rule(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, later: str
+) -> None:
+    imagery = Imagery()
+    sensor = replace(SMALL, cloud_property="CLOUD", max_cloud_pct=1.0)
+    table, _ = chips.update(
+        tiles, scene_table("A", "B"), photos, sensor, UPath(tmp_path), imagery.fetch, **FEW
+    )
+    listed = scene_table(*later)
+    # What the listing says of a scene by now is not what it was when it served.
+    clouds = pa.array([80.0] * listed.num_rows, pa.float64())
+    listed = listed.set_column(2, listed.schema.field("cloud_pct"), clouds)
+    again, changed = chips.update(tiles, listed, photos, sensor, UPath(tmp_path), imagery.fetch, **FEW)
+    assert (again.equals(table), changed) == (True, False)
+    finding = rules.cloud_and_time(again, tiles, photos, listed, sensor)
+    assert finding.passed, finding.message
+    assert finding.evidence["unlisted_scenes"] == (0 if later == "A" else 23)
+    assert finding.evidence["first_choice"] == 0
+    strict = replace(sensor, max_cloud_pct=0.25)
+    assert rules.cloud_and_time(again, tiles, photos, listed, strict).violations == 23
+    undated = again.set_column(
+        again.schema.get_field_index("acquired_at_utc"),
+        again.schema.field("acquired_at_utc"),
+        pa.nulls(23, again.schema.field("acquired_at_utc").type),
+    )
+    assert rules.cloud_and_time(undated, tiles, photos, listed, sensor).violations == 23
+
+
+def test_a_listed_scene_holds_its_chip_or_the_rule_is_broken(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table
+) -> None:
+    listed = scene_table("A")
+    table, _ = chips.update(tiles, listed, photos, SMALL, UPath(tmp_path), Imagery().fetch, **FEW)
+    elsewhere = pa.array([shapely.box(10, 41, 11, 42).wkb])
+    moved = listed.set_column(
+        listed.schema.get_field_index("footprint_wkb"), listed.schema.field("footprint_wkb"), elsewhere
+    )
+    assert rules.cloud_and_time(table, tiles, photos, moved, SMALL).violations == 23
+
+
 # --- clouds and raw bands ------------------------------------------------------------------------------------------
 
 CLOUDY = replace(
@@ -445,6 +539,38 @@ def test_an_abort_keeps_raw_bands_too(
         for part in ("killed", "calm")
     ]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_other"),
+    [
+        ({"collection": "Y"}, True),
+        ({"bands": ("G", "R", "B")}, True),
+        ({"display_range": (0.0, 4000.0)}, True),
+        ({"offset": -1000}, True),
+        ({"cloud_classes": (9,)}, True),
+        ({"mask_band": "QA", "bands": ("R", "G", "SCL")}, True),
+        ({"raw_bands": ("N", "R2")}, True),
+        ({"raw_bands": ("R",)}, False),
+        ({"raw_bands": ()}, False),
+        ({"display_range": (0, 3000)}, False),
+        ({"max_cloud_pct": 2.0}, False),
+        ({"listed_from": "2020-01-01", "scene_choice": "closest", "token_url": "https://token"}, False),
+        ({"max_scene_cloud_pct": 50.0, "cloud_property": "CLOUD"}, False),
+        ({"max_scene_cloud_pct": 0.2, "cloud_property": "CLOUD"}, True),
+    ],
+)
+def test_chips_of_another_sensor_are_fetched_anew(
+    tmp_path: Path, tiles: pa.Table, photos: pa.Table, change: dict[str, Any], is_other: bool
+) -> None:
+    sky, listed, few = Sky(), scene_table("A"), tiles.slice(0, 3)
+    before, _ = chips.update(few, listed, photos, CLOUDY, UPath(tmp_path), sky.fetch, **FEW)
+    sensor = replace(CLOUDY, **change)
+    after, changed = chips.update(few, listed, photos, sensor, UPath(tmp_path), sky.fetch, **FEW)
+    assert (changed, after.equals(before)) == (is_other, not is_other)
+    asked = sum(sky.asked.values())
+    assert not chips.update(few, listed, photos, sensor, UPath(tmp_path), sky.fetch, **FEW)[1]
+    assert sum(sky.asked.values()) == asked
 
 
 @pytest.mark.parametrize("is_killed", [False, True])

@@ -63,18 +63,37 @@ def test_failed_items_wait_longer_each_time() -> None:
     assert (retry_day(1000, today) - today).days == MAX_BACK_OFF_DAYS
 
 
+ITEMS = pa.table({"item_id": ["new", "ok", "due", "early", "any_day", "given_up", "refused", "twin"]})
+KNOWN = pa.table(
+    {
+        "item_id": ["ok", "due", "early", "any_day", "given_up", "refused", "twin"],
+        "status": ["ok", "failed", "failed", "failed", "failed", "rejected", "rejected"],
+        "reason": [None, "timeout", "timeout", "no_scene", "timeout", "scene_missing", "near_duplicate"],
+        "attempts": pa.array([1, 1, 2, 0, 3, 1, 1], pa.int16()),
+        "retry_on": pa.array(
+            [None, date(2024, 3, 1), date(2024, 3, 2), None, date(2024, 1, 1), None, None], pa.date32()
+        ),
+    }
+)
+
+
 def test_items_are_due_on_their_day() -> None:
-    items = pa.table({"item_id": ["new", "ok", "due", "early", "any_day", "given_up"]})
-    known = pa.table(
-        {
-            "item_id": ["ok", "due", "early", "any_day", "given_up"],
-            "status": ["ok", "failed", "failed", "failed", "failed"],
-            "attempts": pa.array([1, 1, 2, 0, 3], pa.int16()),
-            "retry_on": pa.array([None, date(2024, 3, 1), date(2024, 3, 2), None, date(2024, 1, 1)]),
-        }
-    )
+    items, known = ITEMS, KNOWN
     todo, attempts = pending_rows(items, known, "item_id", 3, date(2024, 3, 1))
     assert [row["item_id"] for row in todo] == ["new", "due", "any_day"]
     assert attempts == {"due": 1, "any_day": 0}
     todo, _ = pending_rows(items, known, "item_id", 3, date(2024, 3, 1), retry_now=True)
-    assert [row["item_id"] for row in todo] == ["new", "due", "early", "any_day"]
+    assert [row["item_id"] for row in todo] == ["new", "due", "early", "any_day", "given_up", "refused"]
+
+
+def test_items_whose_request_changed_are_fetched_as_if_never_before() -> None:
+    changed = ["ok", "early", "given_up", "refused", "twin"]
+    todo, attempts = pending_rows(ITEMS, KNOWN, "item_id", 3, date(2024, 3, 1), changed=changed)
+    assert [row["item_id"] for row in todo] == [
+        "new", "due", "early", "any_day", "given_up", "refused", "twin",
+    ]  # fmt: skip
+    assert attempts == {"due": 1, "any_day": 0}
+    _, attempts = pending_rows(
+        ITEMS, KNOWN, "item_id", 3, date(2024, 3, 1), changed=changed[:2], retry_now=True
+    )
+    assert attempts == {"due": 1, "any_day": 0, "given_up": 3, "refused": 1}
