@@ -40,6 +40,8 @@ PAGE_SIZE = 250
 RESULT_LIMIT = 4000
 #: A query that announces more than this is split by upload time; `total` is an estimate, hence the distance.
 SPLIT_ABOVE = 3500
+#: How often an empty page is asked for again when there should be photos on it.
+EMPTY_PAGE_REPEATS = 2
 #: Largest answer that is read, bytes; a page of 250 photos is about 250 kB.
 MAX_BYTES = 1 << 24
 #: Radius of a search must stay below, kilometres.
@@ -119,7 +121,8 @@ class FlickrClient:
         filters: parameters of every search that come from `licenses` and `safe_search`.
         calls: HTTP calls made so far, retries included.
         downloaded_bytes: bytes of their answers.
-        unreachable_results: results that Flickr announced within single seconds beyond what it hands out.
+        unreachable_results: results that Flickr announced and does not hand out: within single seconds beyond its
+            ceiling, and on pages that stay empty.
     """
 
     def __init__(
@@ -251,7 +254,7 @@ class FlickrClient:
         windows = [(start_s, end_s)] if start_s < end_s else []
         while windows:
             start_s, end_s = windows.pop()
-            rows, total = self._page(where, start_s, end_s, 1)
+            rows, total = self._first_page(where, start_s, end_s)
             if total > SPLIT_ABOVE and end_s - start_s > 1:
                 middle_s = (start_s + end_s) // 2
                 windows += [(middle_s, end_s), (start_s, middle_s)]
@@ -264,6 +267,7 @@ class FlickrClient:
                 )  # fmt: skip
             pages = math.ceil(min(total, RESULT_LIMIT) / PAGE_SIZE)
             of_window: set[str] = set()
+            empty_page = 0
             for page in itertools.count(2):
                 # The total is an estimate: after a full page, unless it repeats others, there may be more than it says.
                 is_full = len(rows) >= PAGE_SIZE and any(row["id"] not in of_window for row in rows)
@@ -272,7 +276,19 @@ class FlickrClient:
                     if row["id"] not in seen:
                         seen.add(row["id"])
                         yield row
-                if not rows or (page > pages and not is_full):
+                if rows and empty_page:
+                    # Photos after none: those of the empty page are missing, and will be found in smaller windows.
+                    if end_s - start_s > 1:
+                        middle_s = (start_s + end_s) // 2
+                        windows += [(middle_s, end_s), (start_s, middle_s)]
+                    else:
+                        self._note_missing(PAGE_SIZE, start_s, f"page {empty_page} stays empty")
+                    break
+                # An empty page may be a hiccup, or the end where the total is too large: pages that follow tell.
+                if page > pages and not is_full:
+                    if empty_page and total - len(of_window) > PAGE_SIZE:
+                        missing = total - len(of_window)
+                        self._note_missing(missing, start_s, f"pages from {empty_page} on stay empty")
                     break
                 if page > RESULT_LIMIT // PAGE_SIZE:
                     if total <= SPLIT_ABOVE and end_s - start_s > 1:
@@ -280,6 +296,43 @@ class FlickrClient:
                         windows += [(middle_s, end_s), (start_s, middle_s)]
                     break
                 rows, _ = self._page(where, start_s, end_s, page)
+                if page <= pages and not empty_page:
+                    for _ in range(EMPTY_PAGE_REPEATS):
+                        if rows:
+                            break
+                        rows, _ = self._page(where, start_s, end_s, page)
+                    empty_page = 0 if rows else page
+
+    def _first_page(
+        self, where: dict[str, str], start_s: int, end_s: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """As `_page`; one that is empty though there are photos is asked for again."""
+
+        def attempt() -> tuple[list[dict[str, Any]], int]:
+            rows, total = self._page(where, start_s, end_s, 1)
+            if total and not rows:
+                raise TransientError("empty", f"{total} photos announced, none handed out", is_quick=True)
+            return rows, total
+
+        try:
+            return self._retries.call(attempt)
+        except TransientError:
+            rows, total = self._page(where, start_s, end_s, 1)
+        if rows or total <= PAGE_SIZE:
+            if not rows and total:
+                # Flickr counts photos that it then leaves out; these few do not hold up all others.
+                self._note_missing(total, start_s, "the first page stays empty")
+            return rows, total
+        raise ServiceError(
+            f"Flickr ({host_of(self._url)}) announces {total} photos and hands out none. "
+            "Run again later: what was found is kept."
+        )
+
+    def _note_missing(self, count: int, start_s: int, why: str) -> None:
+        self.unreachable_results += count
+        logger.warning(
+            "Flickr keeps back up to %d photos uploaded from second %d on: %s", count, start_s, why
+        )
 
     def _page(
         self, where: dict[str, str], start_s: int, end_s: int, page: int

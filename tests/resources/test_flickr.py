@@ -42,8 +42,8 @@ def failure(code, message="text"):
 class Uploads:
     """Speaks flickr.photos.search for photos at given seconds, with Flickr's ceiling and its repeats."""
 
-    def __init__(self, reply, seconds, announced=1.0):
-        self._reply, self._announced = reply, announced
+    def __init__(self, reply, seconds, announced=1.0, is_empty=lambda form: False):
+        self._reply, self._announced, self._is_empty = reply, announced, is_empty
         self._photos = [(second, str(number)) for number, second in enumerate(sorted(seconds))]
 
     def __call__(self, request):
@@ -56,6 +56,7 @@ class Uploads:
         rows = [
             {"id": name, "dateupload": str(second)} for second, name in found[offset : offset + PAGE_SIZE]
         ]
+        rows = [] if self._is_empty(form) else rows
         return self._reply(page(rows, total=str(int(self._announced * len(found)))))
 
 
@@ -126,6 +127,43 @@ def test_a_total_that_is_too_small_loses_nothing(scripted, reply, photos, announ
     server = scripted(Uploads(reply, seconds, announced))
     found = search(client(server.url))
     assert sorted(int(row["dateupload"]) for row in found) == seconds
+
+
+@pytest.mark.parametrize("announced", [1.0, 0.8, 1.5])
+@pytest.mark.parametrize(("empty_page", "times"), [("1", 1), ("2", 1), ("2", 9), ("3", 99)])
+def test_pages_that_are_empty_for_a_while_lose_nothing(scripted, reply, announced, empty_page, times):
+    """Asked for again, or looked for in smaller windows; also where the total is wrong."""
+    left = iter(range(times))
+    whole = (str(int(START.timestamp())), str(int(END.timestamp()) - 1))
+
+    def is_empty(form):
+        window = form["min_upload_date"], form["max_upload_date"]
+        return form["page"] == empty_page and window == whole and next(left, None) is not None
+
+    seconds = [int(START.timestamp()) + 997 * number for number in range(1400)]
+    server = scripted(Uploads(reply, seconds, announced, is_empty))
+    flickr = client(server.url)
+    assert sorted(int(row["dateupload"]) for row in search(flickr)) == seconds
+    assert flickr.calls <= 40
+
+
+def test_a_total_that_is_too_large_ends_well(scripted, reply):
+    """As Flickr's are: what it counts it does not always hand out."""
+    second = int(START.timestamp())
+    server = scripted(Uploads(reply, [second + 997 * number for number in range(600)], 1.5))
+    flickr = client(server.url)
+    assert len(search(flickr)) == 600
+    assert (flickr.calls, flickr.unreachable_results) == (6, 300)
+    flickr = client(scripted(lambda request: reply(page([], total=3))).url)
+    assert search(flickr) == []
+    assert (flickr.calls, flickr.unreachable_results) == (4, 3)
+
+
+def test_a_search_that_stays_empty_though_there_are_many_photos_fails(scripted, reply):
+    server = scripted(lambda request: reply(page([], total=1200)))
+    with pytest.raises(ServiceError, match="announces 1200 photos and hands out none"):
+        search(client(server.url))
+    assert len(server.requests) == 4
 
 
 def test_one_second_beyond_the_ceiling_is_counted(scripted, reply, caplog):
