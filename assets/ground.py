@@ -199,6 +199,7 @@ def ground_images_asset(
         max_attempts=world.max_attempts,
         today=datetime.now(UTC).date(),
         retry_now=config.retry_now,
+        hosts=world.image_hosts,
         progress=progress.task(f"{key} ground images"),
     )
     folder = storage.folder(schemas.GROUND_IMAGES, region=key)

@@ -5,7 +5,7 @@ How bytes are fetched, checked and resized is in resources/images.py; which phot
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
@@ -19,8 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import ItemError
-from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retry_day, sample_rows
+from graft_pipeline.fetching import (
+    FINAL_REASONS,
+    StoredItems,
+    ordered_map,
+    pending_rows,
+    retry_day,
+    sample_rows,
+)
 from graft_pipeline.manifests import read_table
+from graft_pipeline.provenance import fingerprint
 from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES
 from graft_pipeline.shards import read_member
 from graft_pipeline.unfinished import Unfinished
@@ -64,14 +72,16 @@ def update(
     max_attempts: int,
     today: date,
     retry_now: bool = False,
+    hosts: Sequence[str] = (),
     shard_size: int = 1000,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
     """Fetch the images that a region does not have yet, and store them.
 
     Fetched are the ok photos without a row and those whose row has failed fewer than `max_attempts` times and
-    whose day to be tried again has come, in the order (uploaded_at, photo_id). An image nearly equal to one
-    that is kept is rejected and not stored.
+    whose day to be tried again has come, in the order (uploaded_at, photo_id). Whatever its status and attempts, an
+    image that could not be had is asked for anew where the photo's address or the allowed hosts are others than
+    they were; one that is stored stays. An image nearly equal to one that is kept is rejected and not stored.
 
     Args:
         photos: FLICKR_PHOTOS rows of the region.
@@ -80,7 +90,8 @@ def update(
         concurrency: number of threads.
         max_attempts: tries before a photo is left alone.
         today: UTC day; failed rows say on which they are tried again.
-        retry_now: try failed rows again whatever their day.
+        retry_now: try failed and rejected rows again, whatever their day and attempts; near-duplicates stay.
+        hosts: image hosts that `fetch` allows.
         shard_size: photos after which a shard and the index are written.
         progress: called with (done, total).
 
@@ -94,8 +105,21 @@ def update(
     known = GROUND_IMAGES.empty() if existing is None else existing
     usable = photos.filter(pc.equal(photos["status"], "ok"))
     usable = usable.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order])
+    usable = usable.select(["photo_id", "image_url"])
+    allowed = sorted(hosts)
+    requests = {
+        row["photo_id"]: fingerprint(row["image_url"], allowed)
+        for row in usable.filter(_is_lacking(usable, known)).to_pylist()
+    }
+    asked = dict(zip(known["photo_id"].to_pylist(), known["request_id"].to_pylist(), strict=True))
     todo, attempts = pending_rows(
-        usable.select(["photo_id", "image_url"]), known, "photo_id", max_attempts, today, retry_now=retry_now
+        usable,
+        known,
+        "photo_id",
+        max_attempts,
+        today,
+        retry_now=retry_now,
+        changed=[key for key, request in requests.items() if asked.get(key, request) != request],
     )
 
     kept = known.filter(pc.equal(known["status"], "ok")).select(["photo_id", "phash"]).to_pylist()
@@ -105,13 +129,14 @@ def update(
     store = StoredItems(folder, GROUND_IMAGES, known, stem="images", extension="jpg", shard_size=shard_size)
 
     def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
-        return _kept_or_fetched(photo, fetch, store.unfinished)
+        return _kept_or_fetched(photo, requests[photo["photo_id"]], fetch, store.unfinished)
 
     with store, closing(ordered_map(outcome, todo, concurrency)) as results:
         for done, (photo, result) in enumerate(results, start=1):
             photo_id = photo["photo_id"]
             row: dict[str, Any] = {"photo_id": photo_id, "attempts": attempts.get(photo_id, 0) + 1}
             if isinstance(result, ItemError):
+                row["request_id"] = requests[photo_id]
                 if result.is_permanent:
                     row["status"] = "rejected"
                 else:
@@ -131,10 +156,19 @@ def update(
     return table, store.is_changed
 
 
-def _kept_or_fetched(photo: dict[str, str], fetch: Fetch, unfinished: Unfinished) -> FetchedImage | ItemError:
+def _is_lacking(usable: pa.Table, known: pa.Table) -> pa.ChunkedArray:
+    """Which photos have neither an image nor one that stands for it."""
+    is_final = pc.fill_null(pc.is_in(known["reason"], pa.array(FINAL_REASONS)), False)
+    had = known.filter(pc.or_(pc.equal(known["status"], "ok"), is_final))
+    return pc.invert(pc.is_in(usable["photo_id"], had["photo_id"].combine_chunks()))
+
+
+def _kept_or_fetched(
+    photo: dict[str, str], request: str, fetch: Fetch, unfinished: Unfinished
+) -> FetchedImage | ItemError:
     """One photo's image, or why there is none; not fetched if an interrupted run did."""
     photo_id, url = photo["photo_id"], photo["image_url"]
-    kept = unfinished.take(photo_id, url)
+    kept = unfinished.take(photo_id, request)
     if kept is not None:
         values, content = kept
         if "error" in values:
@@ -145,10 +179,10 @@ def _kept_or_fetched(photo: dict[str, str], fetch: Fetch, unfinished: Unfinished
     except ItemError as error:
         # What may pass is tried again by the next run, whether this one comes to its end or not.
         if error.is_permanent:
-            unfinished.keep(photo_id, url, {"reason": error.reason, "error": str(error)})
+            unfinished.keep(photo_id, request, {"reason": error.reason, "error": str(error)})
         return error
     values = {"width_px": image.width_px, "height_px": image.height_px, "phash": image.phash}
-    unfinished.keep(photo_id, url, values, image.content)
+    unfinished.keep(photo_id, request, values, image.content)
     return image
 
 

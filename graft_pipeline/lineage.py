@@ -149,6 +149,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
             ("status", "reason", "width_px", "height_px", "phash", "shard", "offset", "size_bytes", "sha256"),
             _IMAGE,
         ),
+        "request_id": ("flickr_photos.image_url",),
         "duplicate_of": ("ground_images.phash",),
     },
     "ground_embeddings": {

@@ -182,6 +182,12 @@ GROUND_IMAGES = _dataset(
         _REASON,
         _ATTEMPTS,
         _RETRY_ON,
+        _column(
+            "request_id",
+            pa.string(),
+            "fingerprint of the address and the allowed hosts of an image that could not be had",
+            nullable=True,
+        ),
         _column("width_px", pa.int32(), "width as stored", nullable=True),
         _column("height_px", pa.int32(), "height as stored", nullable=True),
         _column("phash", pa.string(), "64-bit perceptual hash, hexadecimal", nullable=True),

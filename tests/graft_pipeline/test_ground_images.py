@@ -130,6 +130,46 @@ def test_a_failure_that_passes_is_repaired(tmp_path: Path, photos: pa.Table) -> 
     assert len(stored(folder, table)) == 35
 
 
+def test_what_could_not_be_had_is_asked_for_anew_when_the_request_is_another(
+    tmp_path: Path, photos: pa.Table, snapshot_of: Any
+) -> None:
+    """A changed address, other hosts, or a run that asks for it; only then."""
+    gone = ItemError("gone", "It is gone.", is_permanent=True)
+    timeout = ItemError("timeout", "It timed out.", is_permanent=False)
+    faults = {"1003": gone, "1004": timeout, "1005": gone}
+
+    def asked(taken: pa.Table, **options: Any) -> tuple[Counter[str], dict[str, Any]]:
+        host = Host(faults)
+        host.twins = {"1010": phash(1002)}
+        bounds = FEW | {"max_attempts": 1, "hosts": ["a.example"], "today": TODAY + timedelta(days=99)}
+        table, _ = ground_images.update(taken, UPath(tmp_path), host.fetch, **{**bounds, **options})
+        assert conform(table, GROUND_IMAGES).equals(table)
+        return host.asked, {row["photo_id"]: row for row in table.to_pylist()}
+
+    asked(photos)
+    files = snapshot_of(UPath(tmp_path))
+    assert asked(photos)[0] == {}
+    assert snapshot_of(UPath(tmp_path)) == files
+    rows = photos.to_pylist()
+    # Of a rejected, a failed and tried too often, a stored, and a near-duplicate one.
+    for place in (3, 4, 6, 10):
+        rows[place]["image_url"] = rows[place]["image_url"].replace("_a_n", "_b_n")
+    changed = pa.Table.from_pylist(rows, schema=FLICKR_PHOTOS.schema)
+    again, found = asked(changed)
+    assert again == {"1003": 1, "1004": 1}
+    assert found["1004"]["attempts"] == 1
+    assert asked(changed)[0] == {}
+    faults.clear()
+    assert asked(changed, retry_now=True)[0] == {"1003": 1, "1004": 1, "1005": 1}
+    faults["1007"] = ItemError("url_not_allowed", "It is elsewhere.", is_permanent=True)
+    (tmp_path / "ground_images.parquet").unlink()
+    assert asked(changed)[1]["1007"]["status"] == "rejected"
+    del faults["1007"]
+    again, found = asked(changed, hosts=["b.example", "a.example"])
+    assert (again, found["1007"]["status"], found["1007"]["request_id"]) == ({"1007": 1}, "ok", None)
+    assert asked(changed, hosts=["a.example", "b.example"])[0] == {}
+
+
 def test_near_duplicates_keep_the_first_and_store_no_bytes(tmp_path: Path, photos: pa.Table) -> None:
     host, original = Host(), int(phash(1002), 16)
     for photo_id, bits in (("1010", 1), ("1011", 4), ("1012", 5), ("1030", 2)):
