@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from graft_pipeline import search_index
 from graft_pipeline.errors import InputError
-from graft_pipeline.manifests import connect, remove_partial_files
+from graft_pipeline.manifests import connect, is_local, remove_partial_files
 from graft_pipeline.schemas import (
     CONCEPT_MAPS,
     DATASETS,
@@ -186,6 +186,8 @@ def purge(
             _delete_snapshot(folder)
         for file in plan.maps:
             file.unlink(missing_ok=True)
+    for at in (storage, *copies):
+        _remove_partial_files(at)
     for folder in _folders(storage, FLICKR_PHOTOS):
         # Answers of searches that were interrupted; they hold whatever Flickr found.
         Unfinished(folder).close()
@@ -259,6 +261,19 @@ def _hits(database: "DuckDBPyConnection", dataset: Dataset) -> list[tuple[dict[s
     return [(dict(zip(dataset.partitions, row[:-1], strict=True)), row[-1]) for row in rows]
 
 
+def _remove_partial_files(storage: Tables) -> None:
+    """What killed writers left half written, wherever it may name a photo: also where no table is yet."""
+    if not is_local(storage.root):
+        return
+    root = Path(str(storage.root))
+    for folder in (
+        *(root / name for name in DATASETS),
+        Path(str(search_index.index_folder(root, "*"))).parent,
+    ):
+        for beside in sorted({file.parent for file in folder.rglob(".*.partial")}):
+            remove_partial_files(beside)
+
+
 def _purge_partition(storage: Tables, dataset: Dataset, values: dict[str, str], gone: pa.Array) -> None:
     """One partition of a region: its rows, then what its shards and unfinished items hold."""
     table, names = storage.read(dataset, **values), dataset.schema.names
@@ -279,7 +294,6 @@ def _purge_partition(storage: Tables, dataset: Dataset, values: dict[str, str], 
     if "shard" in names:
         keys = set((tiles if "tile_id" in names else gone).to_pylist())
         folder = storage.folder(dataset, **values)
-        remove_partial_files(folder)
         Unfinished(folder).forget(keys)
         for shard in sorted(file.name for file in folder.glob("*.tar")):
             blank_members(folder, shard, keys)

@@ -356,6 +356,12 @@ def test_what_interrupted_runs_left_goes_too(copy: Callable[[], Storage]) -> Non
     (storage.root / "training_set" / "sensor=small" / "snapshot=half").mkdir()
     (storage.root / "training_set" / "sensor=small" / "snapshot=half" / "ground_embeddings.npy").touch()
     (images / ".images-00000.tar.0a.partial").write_bytes(b"image 1003")
+    # Of first writes, where no table is yet, and of tables that are not replaced.
+    first = storage.folder(PAIRS, sensor="other", region=KEYS[0])
+    for folder in (first, storage.root / "training_set" / "sensor=small", storage.root / "search_index"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".table.parquet.0a.partial").write_bytes(b"of 1003")
+    (storage.folder(OUTDOOR_PHOTOS, region=KEYS[1]) / ".outdoor.0a.partial").write_bytes(b"of 1003")
     purge(storage, "1003")
     left = [file.read_bytes() for file in storage.root.rglob("*") if file.is_file()]
     assert not [content for content in left if b"bytes of 1003" in content or b'["1003"]' in content]
