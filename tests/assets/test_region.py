@@ -71,6 +71,7 @@ def test_all_that_failed_or_was_rejected_says_why(collected: Any) -> None:
     reasons = set(photos.filter(pc.not_equal(photos["status"], "ok"))["reason"].to_pylist())
     assert {"accuracy_below_16", "no_usable_url", "burst"} & reasons
     assert None not in reasons
+    assert photos["updated_at_utc"].null_count == 0
 
 
 def test_metadata_has_counts_and_a_picture(collected: Any) -> None:

@@ -87,7 +87,7 @@ def test_request_is_what_flickr_documents(scripted, reply):
     assert (form["sort"], form["per_page"], form["page"]) == ("date-posted-asc", "250", "1")
     assert form["safe_search"] == "1"
     assert "license" not in form
-    assert {"geo", "date_upload", "date_taken", "tags", "license", "url_n", "url_l"} <= set(
+    assert {"geo", "date_upload", "date_taken", "last_update", "tags", "license", "url_n", "url_l"} <= set(
         form["extras"].split(",")
     )
 
