@@ -4,6 +4,7 @@ They exist where settings name the data. Protocol and tables are in training/zer
 assets/planet.py.
 """
 
+import math
 from pathlib import Path
 
 import dagster as dg
@@ -85,13 +86,22 @@ def build_osm_labels(sensor: Sensor) -> dg.AssetsDefinition:
             raise SettingsError("No OpenStreetMap extract: set GRAFT_OSM_FILE.")
         tiles = storage.read(schemas.TILES, **place)
         report = progress.task(f"{region.key} {sensor.name} OpenStreetMap labels")
-        features = read_osm(world.osm_file, region.bounds)
+        features = read_osm(world.osm_file, reach(region, sensor))
         table = osm_labels.label_tiles(tiles, features, sensor, region.epsg, report)
         changed = storage.write(schemas.OSM_LABELS, table, **place)
         counts = {f"tiles/{name}": count for name, count in osm_labels.count_labels(table).items()}
         return report_table(schemas.OSM_LABELS, table, changed=changed, **counts)
 
     return labels
+
+
+def reach(region: Region, sensor: Sensor) -> tuple[float, float, float, float]:
+    """West, south, east and north of a region and of all footprints around photos in it, degrees."""
+    west, south, east, north = region.bounds
+    # A whole footprint is twice what is needed, and covers the angle between grid north and true north.
+    lat_deg = sensor.footprint_m / 110_000
+    lon_deg = lat_deg / math.cos(math.radians(min(max(abs(south), abs(north)), 89)))
+    return west - lon_deg, south - lat_deg, east + lon_deg, north + lat_deg
 
 
 def build_evaluation(name: str, folder: Path) -> dg.AssetsDefinition:
@@ -130,13 +140,21 @@ def build_evaluation(name: str, folder: Path) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[Progress],
     ) -> dg.MaterializeResult:
         """Scores on a published dataset by the paper's protocol, beside the frozen foundation model and chance."""
+        from training.loop import resolve_device
         from training.zero_shot import benchmarks, tables
 
         models = storage.models_folder
         specs = [benchmarks.own_encoder(name, models), benchmarks.foundation_spec(foundation)]
         report = progress.task(f"evaluation {name}")
         made = benchmarks.evaluate_dataset(
-            name, folder, specs, None, models, seed=world.seed, progress=report
+            name,
+            folder,
+            specs,
+            None,
+            models,
+            seed=world.seed,
+            device=str(resolve_device("auto")),
+            progress=report,
         )
         reports = storage.root / "evaluation"
         released = tables.read_released(reports, name)

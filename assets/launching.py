@@ -212,19 +212,36 @@ def pod_spec(settings: Settings) -> dict[str, Any]:
         settings: of the deployment.
 
     Returns:
-        A PodSpec as Kubernetes spells it.
+        A PodSpec as Kubernetes spells it: the settings' own, with what a training needs where they do not say it.
+
+    Raises:
+        SettingsError: if the settings describe another container beside the training's.
     """
     pod = settings.kubernetes
+    given = dict(pod.pod_spec)
+    own, volumes = given.pop("containers", [{}]), given.pop("volumes", [])
+    if len(own) != 1:
+        raise SettingsError(
+            f"GRAFT_KUBERNETES__POD_SPEC has {len(own)} containers: describe one, the training's, or leave them out."
+        )
     container = {
         "name": "training",
         "resources": pod.resources,
-        "envFrom": [{"secretRef": {"name": name}} for name in pod.env_secrets],
-        # Processes of one training hand gradients to each other there; the default is 64 MB.
-        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+        **own[0],
     }
+    container["envFrom"] = [
+        *({"secretRef": {"name": name}} for name in pod.env_secrets),
+        *own[0].get("envFrom", ()),
+    ]
+    mounts = own[0].get("volumeMounts", [])
+    if all(mount["mountPath"] != "/dev/shm" for mount in mounts):
+        # Processes of one training hand gradients to each other there; the default is 64 MB.
+        mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}, *mounts]
+    if all(volume["name"] != "shared-memory" for volume in volumes):
+        volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}, *volumes]
+    container |= {"volumeMounts": mounts, "env": list(own[0].get("env", []))}
     account = {"serviceAccountName": pod.service_account} if pod.service_account else {}
-    volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
-    return {"containers": [container], "volumes": volumes, **account, **pod.pod_spec}
+    return {"containers": [container], "volumes": volumes, **account, **given}
 
 
 def _listening(reader: type[Any]) -> type[Any]:

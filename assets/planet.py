@@ -157,8 +157,8 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
         made = Benchmark.load(benchmark_file(storage, sensor))
         contenders = {
-            "image_encoder": local_model(encoder_folder(storage, sensor, "image")),
-            "foundation": local_model(storage.models_folder / "foundation"),
+            "image_encoder": local_model(encoder_folder(storage, sensor, "image"), "auto"),
+            "foundation": local_model(storage.models_folder / "foundation", "auto"),
         }
         prompts = load_prompts("planet").restricted_to(made.classes)
         scores = score_images(contenders, made.chips, made.labels, prompts)
@@ -194,8 +194,8 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
 
         made = Benchmark.load(benchmark_file(storage, sensor))
         contenders = {
-            "pixel_encoder": local_model(encoder_folder(storage, sensor, "pixel")),
-            "foundation": local_model(storage.models_folder / "foundation"),
+            "pixel_encoder": local_model(encoder_folder(storage, sensor, "pixel"), "auto"),
+            "foundation": local_model(storage.models_folder / "foundation", "auto"),
         }
         prompts = load_prompts("planet").restricted_to(made.all_classes)
         scores = score_segmentation(contenders, made.segmentation_chips, made.masks, prompts)

@@ -307,7 +307,7 @@ def summarise(rows: pa.Table) -> list[dict[str, Any]]:
     """Scores of each variant over its seeds, beside those of `graft`.
 
     Args:
-        rows: ABLATIONS rows of one sensor and setup.
+        rows: ABLATIONS rows of one sensor and setup, which names the sensor's training set too.
 
     Returns:
         A row for each variant, in the order of `VARIANTS`: variant, seeds, train_tiles, train_pairs and for each

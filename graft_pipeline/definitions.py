@@ -145,7 +145,7 @@ def build_defs(settings: Settings | None = None, **overrides: Any) -> dg.Definit
             assets += [
                 *build_planet_assets(sensor),
                 *build_answering_assets(sensor),
-                build_ablations(sensor),
+                build_ablations(sensor, settings),
             ]
     assets += build_evaluation_assets(settings)
     if settings.is_planet:

@@ -51,3 +51,13 @@ def test_variants_are_trained_scored_and_kept(scored: Any) -> None:
     files = scored.files()
     ablate(scored, variants=chosen)
     assert scored.files() == files, "what was trained is not trained again"
+
+    # The sensor's training set changes: scores of before are kept, and stand in no table beside those of now.
+    pairs = scored.storage.read(schemas.PAIRS, sensor="naip", region=REGION)
+    scored.storage.write(schemas.PAIRS, pairs.slice(1), sensor="naip", region=REGION)
+    scored.materialise("naip/training_set")
+    assert scored.metadata("naip/training_set")["fingerprint"].value != main_set
+    ablate(scored, variants=["images_and_alt_text"])
+    assert "| random_tiles |" not in scored.metadata(JOB)["scores"].value
+    kept = scored.storage.read(schemas.ABLATIONS, sensor="naip")["setup_id"].to_pylist()
+    assert sorted(kept.count(setup) for setup in set(kept)) == [1, 2]

@@ -5,9 +5,14 @@ import shutil
 from collections import Counter
 
 import dagster as dg
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
 from graft_pipeline import schemas
+from graft_pipeline.errors import SettingsError
+from graft_pipeline.regions import Region
 from training.zero_shot.benchmarks import OURS
 
 REGION = "N42.25W071.75"
@@ -28,7 +33,7 @@ def overpass(tiles):
     return {"version": 0.6, "elements": elements}
 
 
-def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path):
+def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path, monkeypatch):
     file, root = tmp_path / "overpass.json", tmp_path / "deployment-1" / "data"
     settings = {"osm_file": str(file), "evaluation_data": {"naip_osm": str(root)}}
     deployment = deploy(planet_url=planet.url, validation_fraction="0.5", **settings)
@@ -68,6 +73,41 @@ def test_tiles_are_labelled_evaluated_released_and_held(planet, deploy, tmp_path
     assert check.severity == dg.AssetCheckSeverity.ERROR
     assert "zero-shot mAP: 1.5000, now" in check.description
     assert json.loads(released.read_text()) == content, "a drop is not released"
+
+    if not torch.cuda.is_available():
+        # There is no GPU, though PyTorch is told so: who asks for it fails.
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        for asset, place in {"evaluation/naip_osm": None, "naip/chip_embeddings": REGION}.items():
+            with pytest.raises((AssertionError, SettingsError, dg.Failure), match=r"CUDA|NVIDIA"):
+                deployment.materialise(asset, partition=place)
+
+
+def test_footprints_that_reach_beyond_their_region_are_labelled(deploy, tmp_path):
+    file = tmp_path / "overpass.json"
+    deployment = deploy(osm_file=str(file))
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    region = Region.parse(REGION, 0.25)
+    lon, lat = region.west_deg + 1e-5, region.south_deg + 0.1
+    (x,), (y,) = region.projection.forward(np.array([lon]), np.array([lat]))
+    tile = {"tile_id": "border", "center_photo_id": "1", "sampling": "non_overlapping", "split": "train"}
+    place = {
+        "center_lon_deg": lon,
+        "center_lat_deg": lat,
+        "x0_m": x - 224,
+        "y0_m": y + 224,
+        "epsg": region.epsg,
+    }
+    row = dict.fromkeys(schemas.TILES.schema.names, 0) | tile | place
+    table = pa.Table.from_pylist([row], schema=schemas.TILES.schema)
+    deployment.storage.write(schemas.TILES, table, sensor="naip", region=REGION)
+    # A wood whose eastern edge lies some metres west of the region.
+    ring = [(-0.003, -0.001), (-0.0002, -0.001), (-0.0002, 0.001), (-0.003, 0.001), (-0.003, -0.001)]
+    geometry = [{"lat": lat + dy, "lon": region.west_deg + dx} for dx, dy in ring]
+    wood = {"type": "way", "id": 1, "tags": {"natural": "wood"}, "geometry": geometry}
+    file.write_text(json.dumps({"version": 0.6, "elements": [wood]}))
+    deployment.materialise("naip/osm_labels", partition=REGION)
+    labels = deployment.storage.read(schemas.OSM_LABELS, sensor="naip", region=REGION)
+    assert labels["labels"].to_pylist() == [["forest"]]
 
 
 def test_datasets_that_nobody_knows_are_refused(deploy):

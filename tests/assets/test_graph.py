@@ -106,7 +106,8 @@ def test_only_rules_that_warn_do_not_block(graph: Any) -> None:
 def test_only_what_trains_on_this_machine_keeps_its_gpu(launcher: str) -> None:
     pod = {"training_launcher": launcher, "kubernetes": {"image": "graft"}}
     graph = build_defs(Settings(_env_file=None, **pod)).resolve_asset_graph()
-    names = ("naip/pixel_encoder", "ground_embeddings")
+    names = ("naip/pixel_encoder", "naip/ablations", "ground_embeddings")
     pools = {name: graph.get(dg.AssetKey(name.split("/"))).pools for name in names}
     assert pools["ground_embeddings"] == {"gpu"}
-    assert pools["naip/pixel_encoder"] == ({"gpu"} if launcher == "subprocess" else {"training"})
+    for name in ("naip/pixel_encoder", "naip/ablations"):
+        assert pools[name] == ({"gpu"} if launcher == "subprocess" else {"training"})

@@ -17,6 +17,7 @@ import dagster as dg
 import psutil
 import pytest
 
+from assets.launching import pod_spec
 from graft_pipeline.definitions import build_defs
 from graft_pipeline.errors import InputError, SettingsError, TrainingError
 from graft_pipeline.settings import load_settings
@@ -250,7 +251,19 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
         "KUBERNETES__RESOURCES": '{"limits": {"nvidia.com/gpu": "1"}}',
         "KUBERNETES__SERVICE_ACCOUNT": "trainer",
         "KUBERNETES__ENV_SECRETS": '["object-store"]',
-        "KUBERNETES__POD_SPEC": '{"nodeSelector": {"pool": "gpu"}}',
+        "KUBERNETES__POD_SPEC": json.dumps(
+            {
+                "nodeSelector": {"pool": "gpu"},
+                "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "graft"}}],
+                "containers": [
+                    {
+                        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+                        "envFrom": [{"configMapRef": {"name": "proxies"}}],
+                    }
+                ],
+            }
+        ),
     }
     for name, value in settings.items():
         monkeypatch.setenv(f"GRAFT_{name}", value)
@@ -273,8 +286,16 @@ def test_a_pod_trains_and_reports_through_its_log(
     assert container["image"] == "registry.example/graft:1"
     assert container["command"][:4] == ["python", "-m", "training", "encoder"]
     assert container["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
-    assert container["envFrom"] == [{"secretRef": {"name": "object-store"}}]
-    assert container["volumeMounts"][0]["mountPath"] == "/dev/shm"
+    assert container["envFrom"] == [
+        {"secretRef": {"name": "object-store"}},
+        {"configMapRef": {"name": "proxies"}},
+    ]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {"shared-memory": "/dev/shm", "data": "/data"}
+    assert {volume["name"] for volume in spec["volumes"]} == set(mounted)
+    assert {"NCCL_DEBUG", "OMP_WAIT_POLICY", "DAGSTER_PIPES_CONTEXT"} <= {
+        item["name"] for item in container["env"]
+    }
     assert spec["serviceAccountName"] == "trainer"
     assert spec["nodeSelector"] == {"pool": "gpu"}
     assert spec["restartPolicy"] == "Never"
@@ -285,6 +306,19 @@ def test_a_pod_that_fails_says_why(learned: Any, node: Node) -> None:
     with pytest.raises(InputError, match="no_such_field"):
         train(learned, no_such_field=1)
     assert len(node.deleted) == 1
+
+
+def test_a_pod_may_bring_its_own_shared_memory_but_no_second_container(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}
+    monkeypatch.setenv("GRAFT_KUBERNETES__POD_SPEC", json.dumps({"volumes": [memory]}))
+    spec = pod_spec(load_settings())
+    assert spec["volumes"] == [memory]
+    assert spec["containers"][0]["volumeMounts"] == [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    monkeypatch.setenv("GRAFT_KUBERNETES__POD_SPEC", json.dumps({"containers": [{}, {"name": "proxy"}]}))
+    with pytest.raises(SettingsError, match="2 containers: describe one"):
+        pod_spec(load_settings())
 
 
 def test_a_pod_needs_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
