@@ -134,8 +134,8 @@ def build_answering_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
         from training.zero_shot.prompts import load_prompts
 
         contenders = {
-            "pixel_encoder": local_model(encoder_folder(storage, sensor, "pixel")),
-            "foundation": local_model(storage.models_folder / "foundation"),
+            "pixel_encoder": local_model(encoder_folder(storage, sensor, "pixel"), "auto"),
+            "foundation": local_model(storage.models_folder / "foundation", "auto"),
         }
         made = evaluate_answers(
             [answerer_of(name, clip, load_prompts("planet"), sensor) for name, clip in contenders.items()],
