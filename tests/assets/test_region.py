@@ -14,7 +14,7 @@ from assets.history import history
 from graft_pipeline import schemas
 from graft_pipeline.chips import decode, to_uint8
 from graft_pipeline.embeddings import read_images
-from graft_pipeline.errors import InputError, ServiceError
+from graft_pipeline.errors import ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import SENTINEL2
 from graft_pipeline.photos import Searched, keep_searched, last_searched
@@ -246,7 +246,7 @@ def test_a_sensor_without_scenes_there_gives_rows_with_a_reason(planet: Any, dep
 
 
 def test_without_an_area_the_message_says_how_to_register_one(planet: Any, deploy: Deploy) -> None:
-    with pytest.raises(InputError, match="graft areas add"):
+    with pytest.raises(dg.Failure, match="graft areas add"):
         deploy(planet_url=planet.url).materialise("regions")
 
 
