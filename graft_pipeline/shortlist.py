@@ -156,7 +156,7 @@ class Shortlist:
         admitted = self.rows if is_admitted is None else max(1, int(np.count_nonzero(is_admitted)))
         wanted = max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * top)
         lists = self._lists.nlist
-        probed = lists * max(PROBED_SHARE, LEAST_PROBED / self.rows) * self.rows / admitted
+        probed = lists * max(PROBED_SHARE, LEAST_PROBED / self.rows) * math.sqrt(self.rows / admitted)
         # Kept by name: faiss refers to them.
         bits = None if is_admitted is None else np.packbits(is_admitted, bitorder="little")
         selector = None if bits is None else faiss.IDSelectorBitmap(bits)
