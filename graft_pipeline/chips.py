@@ -19,7 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft_pipeline.errors import DataError, ItemError
-from graft_pipeline.fetching import StoredItems, ordered_map, pending_rows, retry_day, sample_rows
+from graft_pipeline.fetching import (
+    StoredItems,
+    changed_requests,
+    ordered_map,
+    pending_rows,
+    retry_day,
+    sample_rows,
+)
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table
@@ -348,7 +355,6 @@ def update(
     requests = {
         tile_id: fingerprint(record, offered) for tile_id, offered in zip(ids, scene_ids, strict=True)
     }
-    asked = dict(zip(valid["tile_id"].to_pylist(), valid["request_id"].to_pylist(), strict=True))
     todo, attempts = pending_rows(
         lacking.select(["tile_id"]),
         valid,
@@ -356,7 +362,7 @@ def update(
         max_attempts,
         today,
         retry_now=retry_now,
-        changed=[tile_id for tile_id, request in requests.items() if asked.get(tile_id, request) != request],
+        changed=changed_requests(valid, "tile_id", requests),
     )
     pending = {row["tile_id"] for row in todo}
     orders = [

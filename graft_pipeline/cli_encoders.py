@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+# Options of more than one command.
+Since = Annotated[
+    datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First UTC day of the scenes' acquisition.")
+]
+Until = Annotated[
+    datetime | None, typer.Option(formats=["%Y-%m-%d"], help="UTC day before which scenes were acquired.")
+]
+Encoder = Annotated[
+    str | None, typer.Option(help="Folder of another encoder, or any open_clip ViT (with --pretrained).")
+]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip tag or checkpoint of --encoder.")]
+RefiningSam = Annotated[
+    str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+
 
 def _model_writer() -> "Writer":
     from graft_pipeline.settings import load_settings
@@ -45,10 +61,8 @@ def segment(
     sensor: Annotated[
         str, typer.Option(help="Whose pixel-level encoder is used, at whose metres per pixel.")
     ] = "naip",
-    encoder: Annotated[
-        str | None, typer.Option(help="Folder of another encoder, or any open_clip ViT (with --pretrained).")
-    ] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or checkpoint of --encoder.")] = None,
+    encoder: Encoder = None,
+    pretrained: Pretrained = None,
     bands: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Red, green and blue band; default: by the file's colours."),
@@ -60,9 +74,7 @@ def segment(
     overlap: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a window that its neighbour sees.")
     ] = 0.25,
-    sam: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
-    ] = None,
+    sam: RefiningSam = None,
 ) -> None:
     """Segment a raster by words alone: `graft segment scene.tif "farmland" "forest" -o map.tif`."""
     from rich.progress import Progress
@@ -104,12 +116,8 @@ def search(
     area: Annotated[
         Path | None, typer.Option(help="Vector file of polygons in which tiles are searched; default: all.")
     ] = None,
-    since: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First UTC day of the scenes' acquisition.")
-    ] = None,
-    until: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="UTC day before which scenes were acquired.")
-    ] = None,
+    since: Since = None,
+    until: Until = None,
     top: Annotated[int, typer.Option(min=1, help="Tiles at most.")] = 50,
     sensor: Annotated[str, typer.Option(help="Whose tiles are searched.")] = "naip",
     output: Annotated[
@@ -211,12 +219,8 @@ def map_concepts(
         float,
         typer.Option(help="Contrast from which a tile is a hit: standard deviations above the mean tile."),
     ] = 1.0,
-    since: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First UTC day of the scenes' acquisition.")
-    ] = None,
-    until: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="UTC day before which scenes were acquired.")
-    ] = None,
+    since: Since = None,
+    until: Until = None,
 ) -> None:
     """Map where words apply: `graft map "farmland" "forest" --area area.geojson -o maps`."""
     from rich.console import Console
@@ -337,10 +341,8 @@ def ask(
         str | None,
         typer.Option(help="Whose pixel-level encoder looks; default: the tile's, else naip."),
     ] = None,
-    encoder: Annotated[
-        str | None, typer.Option(help="Folder of another encoder, or any open_clip ViT (with --pretrained).")
-    ] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or checkpoint of --encoder.")] = None,
+    encoder: Encoder = None,
+    pretrained: Pretrained = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -357,11 +359,9 @@ def ask(
             "--range", help="Values shown as black and white, of images not in bytes; default: the sensor's."
         ),
     ] = None,
-    sam: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a SAM (transformers) that refines the outlines.")
-    ] = None,
+    sam: RefiningSam = None,
     seconds: Annotated[float, typer.Option(min=1, help="Longest run of the program.")] = 120.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Answer a question about an image, with the program and the evidence: `graft ask scene.tif "Where is ..."`."""
     from graft_pipeline.errors import InputError
@@ -464,7 +464,7 @@ def evaluate(
         ),
     ] = "grammar",
     seed: Annotated[int, typer.Option(help="Of examples, questions and bootstrap resamples.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Score encoders on a benchmark of the paper, beside the paper's own numbers (Tables 1 to 4)."""
     from rich.console import Console

@@ -4,7 +4,7 @@ What is fetched and what a failure means is decided in chips.py and ground_image
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
@@ -212,7 +212,6 @@ def pending_rows(
     *,
     retry_now: bool = False,
     changed: Collection[str] = (),
-    final: Collection[str] = FINAL_REASONS,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Which items are to be fetched: those without a row, and failed ones below the limit whose day has come.
 
@@ -222,17 +221,17 @@ def pending_rows(
         key: the column that identifies both.
         max_attempts: tries before an item is left alone.
         today: UTC day. A failed row without `retry_on` waits for none.
-        retry_now: do not wait for any day, and try rejected rows and those that are left alone once more, too.
+        retry_now: do not wait for any day, and try rejected rows and those that are left alone once more, too; not
+            those rejected for one of FINAL_REASONS.
         changed: keys of rows that are not ok and whose request would be another today: they are fetched as if
-            never before.
-        final: reasons of rejected rows that `retry_now` leaves alone, as no request would answer otherwise.
+            never before; see `changed_requests`.
 
     Returns:
         The items in their order, and how often each known one of them was tried.
     """
     is_failed = pc.equal(known["status"], "failed")
     if retry_now:
-        is_final = pc.fill_null(pc.is_in(known["reason"], pa.array(list(final), pa.string())), False)
+        is_final = pc.fill_null(pc.is_in(known["reason"], pa.array(FINAL_REASONS, pa.string())), False)
         is_again = pc.or_(is_failed, pc.and_(pc.equal(known["status"], "rejected"), pc.invert(is_final)))
     else:
         is_due = pc.fill_null(pc.less_equal(known["retry_on"], pa.scalar(today, pa.date32())), True)
@@ -244,6 +243,21 @@ def pending_rows(
     is_wanted = pc.is_in(items[key], pa.concat_tables([again, anew])[key].combine_chunks())
     todo = items.filter(pc.or_(pc.invert(is_known), is_wanted)).to_pylist()
     return todo, dict(zip(again[key].to_pylist(), again["attempts"].to_pylist(), strict=True))
+
+
+def changed_requests(known: pa.Table, key: str, requests: Mapping[str, str]) -> list[str]:
+    """Which known items would be asked for otherwise today.
+
+    Args:
+        known: index rows with the column `request_id`; null, of rows of before, is another request.
+        key: the column that identifies items.
+        requests: by key, what would be asked today.
+
+    Returns:
+        Their keys, in the order of `requests`.
+    """
+    asked = dict(zip(known[key].to_pylist(), known["request_id"].to_pylist(), strict=True))
+    return [item for item, request in requests.items() if asked.get(item, request) != request]
 
 
 def sample_rows(table: pa.Table, count: int, seed: int) -> list[dict[str, Any]]:

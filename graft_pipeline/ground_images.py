@@ -22,6 +22,7 @@ from graft_pipeline.errors import ItemError
 from graft_pipeline.fetching import (
     FINAL_REASONS,
     StoredItems,
+    changed_requests,
     ordered_map,
     pending_rows,
     retry_day,
@@ -111,7 +112,6 @@ def update(
         row["photo_id"]: fingerprint(row["image_url"], allowed)
         for row in usable.filter(_is_lacking(usable, known)).to_pylist()
     }
-    asked = dict(zip(known["photo_id"].to_pylist(), known["request_id"].to_pylist(), strict=True))
     todo, attempts = pending_rows(
         usable,
         known,
@@ -119,7 +119,7 @@ def update(
         max_attempts,
         today,
         retry_now=retry_now,
-        changed=[key for key, request in requests.items() if asked.get(key, request) != request],
+        changed=changed_requests(known, "photo_id", requests),
     )
 
     kept = known.filter(pc.equal(known["status"], "ok")).select(["photo_id", "phash"]).to_pylist()
