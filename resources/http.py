@@ -431,7 +431,9 @@ class Pace:
         if requests_per_second is not None:
             rate = Rate(requests_per_second, Duration.SECOND, burst=max(1, requests_per_second // 10))
             self._limiter = Limiter(StateBucket([rate]), buffer_ms=1)
+            self._step_s = min(0.01, 0.2 / requests_per_second)
         self._name = name
+        self._turn = threading.Lock()
         self._slots = threading.BoundedSemaphore(concurrency)
         self._paused_until = 0.0
 
@@ -442,7 +444,11 @@ class Pace:
             while (wait_s := self._paused_until - time.monotonic()) > 0:
                 time.sleep(wait_s)
             if self._limiter is not None:
-                self._limiter.try_acquire(self._name)
+                # The limiter's own wait lets newcomers pass those who wait: under load some wait for seconds, and
+                # whoever stores results in order waits with them. So one asks, the others queue.
+                with self._turn:
+                    while not self._limiter.try_acquire(self._name, blocking=False):
+                        time.sleep(self._step_s)
             yield
 
     def pause(self, seconds: float) -> None:

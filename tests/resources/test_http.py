@@ -1,5 +1,8 @@
 import gzip
 import logging
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 
 import pytest
@@ -11,6 +14,7 @@ from resources.http import (
     Breaker,
     BrokenBodyError,
     HttpPool,
+    Pace,
     Redaction,
     Retries,
     TransientError,
@@ -203,3 +207,20 @@ def test_redaction_finds_secrets_in_messages_and_arguments(caplog):
 
 def test_host_of_drops_credentials():
     assert host_of("https://user:pass@host:8443/path") == "host:8443"
+
+
+def test_nobody_waits_for_ever_while_others_get_turn_after_turn() -> None:
+    pace = Pace("service", concurrency=20, requests_per_second=1000)
+    turns, lock = Counter[int](), threading.Lock()
+
+    def keep_asking(number: int) -> None:
+        while True:
+            with lock:
+                if turns.total() >= 1000:
+                    return
+            with pace.slot(), lock:
+                turns[number] += 1
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(keep_asking, range(20)))
+    assert min(turns[number] for number in range(20)) >= 10
