@@ -19,7 +19,7 @@ from assets.reporting import (
     table_schema,
 )
 from assets.sensors import update_chips
-from graft_pipeline import areas, chips, embeddings, grid, schemas, sheets
+from graft_pipeline import areas, chips, embeddings, geotiff, grid, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress
@@ -53,7 +53,7 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
     @dg.asset(
         **options,
         deps=["regions", [sensor.name, "scenes"], external_collection(sensor, settings.imagery)],
-        code_version=code_version(grid, chips),
+        code_version=code_version(grid, chips, geotiff),
         kinds={"webdataset"},
         pool="imagery",
         retry_policy=RETRY,

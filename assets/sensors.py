@@ -21,7 +21,7 @@ from assets.reporting import (
     report_table,
     table_metadata,
 )
-from graft_pipeline import chips, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
+from graft_pipeline import chips, geotiff, pairing, photos, previews, rules, sampling, scenes, schemas, sheets
 from graft_pipeline.imagery import ImagerySource, Sensor, Source
 from graft_pipeline.partitions import REGION_PARTITIONS
 from graft_pipeline.progress import Progress, Report
@@ -197,7 +197,7 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
         "failure_share",
         "nodata_share",
         deps=[tiles_asset, scenes_asset, collection],
-        code_version=code_version(chips),
+        code_version=code_version(chips, geotiff),
         kinds={"webdataset", SOURCE_KINDS[source]},
         pool="imagery",
         retry_policy=RETRY,

@@ -17,13 +17,12 @@ from urllib.parse import parse_qs
 import numpy as np
 
 # Here, not where it is used: threads that load rasterio together parse codes before it has found PROJ's data.
-import rasterio
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
-from rasterio.io import MemoryFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from graft_pipeline import geotiff
 from resources.planet.asset_query import QueryError, apply_mask, parse_filter, parse_mask
 from resources.planet.catalog import Band, Catalog, Scene
 from resources.planet.pixels import PixelGrid, read_pixels
@@ -349,24 +348,12 @@ def _encoded(file_format: str, pixels: list[np.ndarray], names: list[str], grid:
 
 def _geotiff(pixels: list[np.ndarray], grid: PixelGrid) -> bytes:
     """An uncompressed GeoTIFF: encoding costs a millisecond a chip, and loopback has bandwidth to spare."""
-    stack = (
-        np.stack(pixels)
-        if len({band.dtype for band in pixels}) == 1
-        else np.stack([band.astype(np.result_type(*pixels)) for band in pixels])
-    )
-    with MemoryFile() as memory:
-        with memory.open(
-            driver="GTiff",
-            width=grid.width_px,
-            height=grid.height_px,
-            count=len(stack),
-            dtype=stack.dtype,
-            crs=_crs(grid.crs),
-            transform=rasterio.Affine(*grid.affine),
-            interleave="pixel",
-        ) as file:
-            file.write(stack)
-        return bytes(memory.getbuffer())
+    dtype = np.result_type(*pixels)
+    values = np.empty((grid.height_px, grid.width_px, len(pixels)), dtype.newbyteorder("<"))
+    for number, band in enumerate(pixels):
+        values[..., number] = band
+    header = geotiff.header(grid.crs, grid.affine, values.shape, dtype.name, values.nbytes)
+    return b"".join((header, values))
 
 
 @lru_cache(maxsize=256)
