@@ -344,6 +344,13 @@ class Cover:
     road_along: NDArray[np.float32] | None
     diamonds: tuple[Diamond, ...]
 
+    @cached_property
+    def present(self) -> list[int]:
+        """The classes that occur, the most frequent first."""
+        counts = [np.count_nonzero(self.classes == value) for value in range(len(CLASSES))]
+        found = (value for value in range(len(CLASSES)) if counts[value])
+        return sorted(found, key=lambda value: -counts[value])
+
 
 class Land:
     """The land cover of one UTM zone of one planet; coordinates as in frames.py."""

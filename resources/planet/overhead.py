@@ -7,7 +7,7 @@ mirrored from one repetition to the next. Sentinel-2 paints with the same patter
 sensors see one ground. Parcels, lanes and baseball fields are drawn where they lie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -66,10 +66,10 @@ def pack(red: NDArray, green: NDArray, blue: NDArray, infrared: NDArray) -> NDAr
     return bands[0] | bands[1] << np.uint32(8) | bands[2] << np.uint32(16) | bands[3] << np.uint32(24)
 
 
-def unpack(packed: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """(H, W) packed pixels as (4, H, W) uint8 bands R, G, B, near infrared."""
-    shifts = np.array([0, 8, 16, 24], np.uint32).reshape((4,) + (1,) * packed.ndim)
-    return (packed >> shifts).astype(np.uint8)
+def unpack(packed: NDArray[np.uint32], bands: Sequence[int] = (0, 1, 2, 3)) -> NDArray[np.uint8]:
+    """(H, W) packed pixels as (bands, H, W) uint8; R, G, B, near infrared are numbered from 0."""
+    parts = packed.astype("<u4", copy=False)[..., None].view(np.uint8)
+    return np.stack([parts[..., band] for band in bands])
 
 
 def _colour(red: int, green: int, blue: int, infrared: int) -> np.uint32:
@@ -462,12 +462,6 @@ class _Parcels:
         self.draw = hashes(parcel_salt ^ 7, numbers, bands[:, None])[each, nearest - first]
 
 
-def _present(classes: NDArray[np.uint8]) -> list[int]:
-    """The classes that occur, the most frequent first."""
-    counts = [np.count_nonzero(classes == value) for value in range(len(CLASSES))]
-    return sorted((value for value in range(len(CLASSES)) if counts[value]), key=lambda value: -counts[value])
-
-
 class Painter:
     """Paints the land of any zone of one planet."""
 
@@ -497,7 +491,7 @@ class Painter:
 
     def _ground_of_metres(self, zone: int, axes: Axes, cover: Cover) -> NDArray[np.uint32]:
         canvas: NDArray[np.uint32] | None = None
-        for value in _present(cover.classes):
+        for value in cover.present:
             texture = self._texture(CLASSES[value]).paint(axes)
             if value == FARMLAND:
                 texture = self._sown(zone, axes, texture)
@@ -688,7 +682,7 @@ class Painter:
         nodes = NodeAxes(axes.x, axes.y, 40.0)
         near, wide = self._tones(zone)
         values = near.on_axes(nodes.x, nodes.y) + np.float32(0.8) * wide.on_axes(nodes.x, nodes.y)
-        first, *others = _present(cover.classes)
+        first, *others = cover.present
         amount = np.full(axes.shape, self._tone_of_class[first], np.int16)
         for value in others:
             np.copyto(amount, self._tone_of_class[value], where=cover.classes == value)
@@ -700,7 +694,9 @@ class Painter:
         hue >>= 6
         return tone, hue
 
-    def naip(self, zone: int, land: Land, axes: Axes, year: int, scene_key: int) -> NDArray[np.uint8]:
+    def naip(
+        self, zone: int, land: Land, axes: Axes, year: int, scene_key: int, bands: Sequence[int]
+    ) -> NDArray[np.uint8]:
         """NAIP pixels.
 
         Args:
@@ -709,12 +705,13 @@ class Painter:
             axes: native 1 m pixels.
             year: year of the flight: overall tint.
             scene_key: scene: brightness and tint of its own.
+            bands: numbers of R, G, B, near infrared, from 0.
 
         Returns:
-            (4, H, W) uint8 R, G, B, near infrared, 1..255.
+            (bands, H, W) uint8, 1..255.
         """
         cover = land.cover(axes)
-        bands = unpack(self._ground(zone, axes, cover))
+        out = unpack(self._ground(zone, axes, cover), bands)
         tone, hue = self._gains(zone, axes, cover)
         tint = (uniforms(salt(self._seed, "naip", year), np.arange(4)) * 8).astype(np.int16) - 4
         tint += (uniforms(salt(self._seed, "naip scene", year, scene_key), np.arange(4)) * 6).astype(
@@ -722,15 +719,15 @@ class Painter:
         ) - 3
         tint += np.int16(uniforms(salt(self._seed, "naip light", year, scene_key), 0)[0] * 12 - 6)
         tone += 128
-        for band, hue_sign in enumerate((1, 0, -1, 0)):
+        for pixels, band in zip(out, bands, strict=True):
             gain = tone + tint[band]
-            if hue_sign:
+            if hue_sign := (1, 0, -1, 0)[band]:
                 gain += hue if hue_sign > 0 else -hue
-            product = np.multiply(bands[band], gain.view(np.uint16), dtype=np.uint16, casting="unsafe")
+            product = np.multiply(pixels, gain.view(np.uint16), dtype=np.uint16, casting="unsafe")
             product >>= 7
             np.clip(product, 1, 255, out=product)
-            bands[band] = product
-        return bands
+            pixels[:] = product
+        return out
 
     def sentinel2(
         self, zone: int, land: Land, axes: Axes, day: date, scene_key: int, cloud_pct: float

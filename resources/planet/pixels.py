@@ -157,9 +157,11 @@ def _draw(
         width_px=int(width),
         height_px=int(height),
     )
+    names = tuple(band.name for band in bands)
     if scene.cloud_pct is None:
-        drawn = world.render_naip(grid, scene.started.year, scene.key)
-        order = ("R", "G", "B", "N")
+        # Near infrared is hardly ever asked for.
+        order = names
+        drawn = world.render_naip(grid, scene.started.year, scene.key, ["RGBN".index(name) for name in names])
     elif bands[0].name == "SCL":
         clouds = world.cloud_mask(grid, scene.key, scene.cloud_pct)
         ground = np.where(world.shadow_mask(grid, scene.key, scene.cloud_pct), _SCL_SHADOW, _SCL_CLEAR)
@@ -168,7 +170,7 @@ def _draw(
     else:
         drawn = world.render_sentinel2(grid, scene.started.date(), scene.key, scene.cloud_pct)
         order = BANDS_10M
-    pixels = drawn[[order.index(band.name) for band in bands]]
+    pixels = drawn if names == order else drawn[[order.index(name) for name in names]]
     if scene.swath is not None or scene.lost_m is not None:
         x = grid.x0_m + (np.arange(grid.width_px) + 0.5) * gsd
         if scene.lost_m is not None:

@@ -4,7 +4,7 @@ How land, pixels and photos are made is in the modules beside this one; protocol
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from functools import cached_property, lru_cache
 
@@ -100,25 +100,29 @@ class World:
 
     # --- pixels ---
 
-    def render_naip(self, grid: Grid, year: int, scene_key: int) -> NDArray[np.uint8]:
+    def render_naip(
+        self, grid: Grid, year: int, scene_key: int, bands: Sequence[int] = (0, 1, 2, 3)
+    ) -> NDArray[np.uint8]:
         """NAIP pixels: native 1 m ones, or for other grids the native pixels nearest to their middles.
 
         Args:
             grid: in any UTM zone (EPSG:269zz as NAIP's own, 326zz, 327zz).
             year: year of the flight.
             scene_key: number of the scene.
+            bands: numbers of R, G, B, near infrared, from 0.
 
         Returns:
-            (4, H, W) uint8 R, G, B, near infrared; never 0.
+            (bands, H, W) uint8; never 0.
 
         Raises:
             InputError: if the grid's CRS is no UTM zone.
         """
 
         def paint(zone: int, axes: Axes) -> NDArray[np.uint8]:
-            return self._painter.naip(zone, self._land(zone), axes, year, scene_key)
+            return self._painter.naip(zone, self._land(zone), axes, year, scene_key, bands)
 
-        return self._render(grid, NAIP_GSD_M, paint, np.empty((4, grid.height_px, grid.width_px), np.uint8))
+        out = np.empty((len(bands), grid.height_px, grid.width_px), np.uint8)
+        return self._render(grid, NAIP_GSD_M, paint, out)
 
     def render_sentinel2(self, grid: Grid, day: date, scene_key: int, cloud_pct: float) -> NDArray[np.uint16]:
         """Sentinel-2 surface reflectance: native 10 m pixels, or those nearest to the middles of other grids.
@@ -232,7 +236,7 @@ class World:
         """
         land = self._land(zone)
         if axes.gsd_m == NAIP_GSD_M:
-            return self._painter.naip(zone, land, axes, self.now.year, 0)[:3]
+            return self._painter.naip(zone, land, axes, self.now.year, 0, (0, 1, 2))
         reflectance = self._painter.sentinel2(zone, land, axes, _SUMMER, 0, 0.0)[2::-1]
         # The painter's own slope: 8 bits of paint are about ten times as much reflectance (overhead.py).
         return np.clip(reflectance // 10, 0, 255).astype(np.uint8)
