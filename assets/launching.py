@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -155,9 +155,9 @@ def environment(settings: Settings) -> dict[str, str]:
     """Variables that a training needs whatever process starts it; none is secret."""
     # Idle OpenMP threads sleep instead of spinning, which matters where cores are shared.
     variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    if settings.sensors:
-        own = [sensor.model_dump(mode="json") for sensor in settings.sensors]
-        variables["GRAFT_SENSORS"] = json.dumps(own)
+    # Whole records: a pod knows neither the source of the imagery nor what a sensor left to its standard record.
+    records = [asdict(sensor) for sensor in settings.sensor_records.values()]
+    variables["GRAFT_SENSORS"] = json.dumps(records)
     return variables
 
 

@@ -17,7 +17,7 @@ import dagster as dg
 import psutil
 import pytest
 
-from assets.launching import pod_spec
+from assets.launching import environment, pod_spec
 from graft_pipeline.definitions import build_defs
 from graft_pipeline.errors import InputError, SettingsError, TrainingError
 from graft_pipeline.settings import load_settings
@@ -149,6 +149,21 @@ def test_two_processes_train_under_torchrun(learned: Any, monkeypatch: pytest.Mo
 def test_what_stops_a_training_stops_the_run_in_its_own_words(learned: Any) -> None:
     with pytest.raises(InputError, match="steps of a TrainConfig must be positive"):
         train(learned, steps=-1)
+
+
+@pytest.mark.parametrize("imagery", ["earth_engine", "stac", "folder"])
+@pytest.mark.parametrize("sensors", ["[]", '[{"name": "naip"}, {"name": "sentinel2", "cloud_rule": "chip"}]'])
+def test_a_training_knows_the_sensors_of_its_deployment(
+    imagery: str, sensors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_IMAGERY", imagery)
+    monkeypatch.setenv("GRAFT_SENSORS", sensors)
+    settings = load_settings()
+    # A pod has nothing of the launcher's own environment.
+    monkeypatch.delenv("GRAFT_IMAGERY")
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().sensor_records == settings.sensor_records
 
 
 # --- Kubernetes ---
