@@ -23,6 +23,7 @@ from graft_pipeline import (
     areas,
     embeddings,
     ground_images,
+    photo_search,
     photos,
     previews,
     purging,
@@ -118,7 +119,7 @@ def search_locations(
     schemas.FLICKR_PHOTOS,
     "not_empty",
     deps=[search_locations, FLICKR_KEY],
-    code_version=code_version(photos),
+    code_version=code_version(photos, photo_search),
     kinds={"parquet", "flickr"},
     pool="flickr",
     retry_policy=RETRY,
@@ -136,16 +137,18 @@ def flickr_photos(
     known = storage.read(schemas.FLICKR_PHOTOS, region=region.key)
     locations = storage.read(schemas.SEARCH_LOCATIONS, region=region.key)
     folder = storage.folder(schemas.FLICKR_PHOTOS, region=region.key)
-    scope = photos.search_scope(locations, world.uploaded_from, flickr.filters)
-    searched, today = photos.last_searched(folder), datetime.now(UTC).date()
-    is_due = searched.is_whole_due(scope, world.whole_search_every_days, today)
-    is_whole = is_due or config.full_refresh or known.num_rows == 0
-    since = photos.search_from(known, world.uploaded_from, full_refresh=is_whole)
-    unfinished = Unfinished(folder)
-    report = progress.task(f"{region.key} Flickr search")
-    raw = photos.search_all(
-        locations, flickr.search, since, datetime.now(UTC), unfinished, flickr.filters, report
+    search = photo_search.plan(
+        locations,
+        known,
+        photo_search.last_searched(folder),
+        flickr.filters,
+        uploaded_from=world.uploaded_from,
+        whole_every_days=world.whole_search_every_days,
+        now=datetime.now(UTC),
+        full_refresh=config.full_refresh,
     )
+    unfinished = Unfinished(folder)
+    raw = search.records(flickr.search, unfinished, progress.task(f"{region.key} Flickr search"))
     found = photos.photo_rows(raw, region)
     wanted = purging.keep_out(
         found.table, storage.read(schemas.PURGED_PHOTOS), storage.read(schemas.PURGED_OWNERS)
@@ -153,8 +156,7 @@ def flickr_photos(
     table = photos.merge_photos(known, wanted, found.outside)
     changed = storage.write(schemas.FLICKR_PHOTOS, table, region=region.key)
     # Before the answers are dropped: a run that is killed in between has not to ask for all again.
-    whole_on = today if is_due or config.full_refresh else searched.whole_on
-    photos.keep_searched(folder, photos.Searched(scope, whole_on))
+    photo_search.keep_searched(folder, search.completed)
     unfinished.close()
     where = photos.by_status(table)
     advice = "Flickr has no photo around the search locations: look at their map, and at uploaded_from"
@@ -164,9 +166,9 @@ def flickr_photos(
         changed=changed,
         findings=[rules.not_empty(table, advice)],
         picture=previews.scatter_map(where, title=f"Photos of {region.key}", bounds=region.bounds),
-        searched_from=since.isoformat(),
-        is_whole_search=is_whole,
-        photos_per_day=photos.upload_rate(table, datetime.now(UTC)),
+        searched_from=search.uploaded_from.isoformat(),
+        is_whole_search=search.is_whole,
+        photos_per_day=photos.upload_rate(table, search.uploaded_to),
         new_photos=table.num_rows - known.num_rows,
         outside_region=found.outside.num_rows,
         purged_records_kept_out=found.table.num_rows - wanted.num_rows,

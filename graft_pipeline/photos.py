@@ -1,32 +1,24 @@
 """Photos: Flickr's answers made rows, the rules that reject some, merging what is found into what is known.
 
-Flickr's client is in resources/flickr.py; image bytes are the business of ground_images.py.
+What Flickr is asked for is decided in photo_search.py; image bytes are the business of ground_images.py.
 """
 
-import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graft_pipeline.errors import InputError
-from graft_pipeline.manifests import columns, write_bytes_atomic
-from graft_pipeline.provenance import fingerprint
+from graft_pipeline.manifests import columns
 from graft_pipeline.regions import Region
 from graft_pipeline.schemas import FLICKR_PHOTOS
-from graft_pipeline.unfinished import Unfinished
-
-if TYPE_CHECKING:
-    from upath import UPath
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +31,12 @@ WANTED_SHORTER_SIDE_PX = 256
 #: Photos of a burst are taken in the same minute, at most so far from the one that is kept.
 BURST_RADIUS_M = 10.0
 
-#: How far before the watermark a search begins anew: Flickr's index lists some photos late.
-SEARCH_OVERLAP = timedelta(days=2)
-
 #: Reason of a known photo that is seen in another region.
 MOVED = "moved"
 
 #: What a later record of a known photo replaces.
 _RETOLD = ("title", "tags", "license_id")
 _RETOLD_IMAGE = ("image_url", "width_px", "height_px")
-
-#: In a partition's folder: what was searched when its photos were last stored, and the day of the last whole search.
-_SCOPE_FILE = "searched.txt"
 
 #: Suffixes of Flickr's uncropped sizes by nominal longer side, smallest first; the original last, as it may
 #: be huge, rotated or no JPEG. The square sizes `s` and `q` are crops and left out.
@@ -387,19 +373,6 @@ def _distance_m(lon_a: float, lat_a: float, lon_b: float, lat_b: float) -> float
     return _EARTH_RADIUS_M * math.hypot(x, math.radians(lat_b - lat_a))
 
 
-def watermark(table: pa.Table) -> datetime | None:
-    """The last upload that a table knows of.
-
-    Args:
-        table: FLICKR_PHOTOS rows.
-
-    Returns:
-        The largest `uploaded_at_utc`, None without rows.
-    """
-    latest: datetime | None = pc.max(table["uploaded_at_utc"]).as_py()
-    return None if latest is None else latest.astimezone(UTC)
-
-
 def upload_rate(table: pa.Table, now: datetime) -> float:
     """How many photos were uploaded a day in the last year.
 
@@ -416,156 +389,6 @@ def upload_rate(table: pa.Table, now: datetime) -> float:
         table["uploaded_at_utc"], pa.scalar(now - timedelta(days=365), pa.timestamp("us", "UTC"))
     )
     return float(pc.sum(recent).as_py() or 0) / 365
-
-
-def search_from(known: pa.Table, uploaded_from: str, *, full_refresh: bool = False) -> datetime:
-    """First upload time that a search has to ask for.
-
-    Args:
-        known: FLICKR_PHOTOS rows of the region.
-        uploaded_from: first upload date of the deployment, YYYY-MM-DD.
-        full_refresh: ask for everything again.
-
-    Returns:
-        SEARCH_OVERLAP before the watermark, but not before `uploaded_from`; UTC.
-
-    Raises:
-        InputError: if `uploaded_from` is no date.
-    """
-    try:
-        first = datetime.strptime(uploaded_from, "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError as error:
-        raise InputError(f"{uploaded_from!r} is no date: write uploaded_from as YYYY-MM-DD.") from error
-    latest = watermark(known)
-    if full_refresh or latest is None:
-        return first
-    return max(first, latest - SEARCH_OVERLAP)
-
-
-def search_scope(locations: pa.Table, uploaded_from: str, filters: Mapping[str, str]) -> str:
-    """What decides which photos a region's whole search finds, but for the time of it.
-
-    Args:
-        locations: SEARCH_LOCATIONS rows.
-        uploaded_from: first upload date of the deployment.
-        filters: what else decides the answers.
-
-    Returns:
-        A fingerprint. Where it is another one than at the last search, older photos may be unknown as well.
-    """
-    places = locations.select(["lon_deg", "lat_deg", "radius_km"]).to_pylist()
-    return fingerprint(places, uploaded_from, dict(filters))
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a region's last search was that was completed and stored.
-
-    Attributes:
-        scope: as of `search_scope`; "" before the first.
-        whole_on: UTC day of the last whole search; None before the first.
-    """
-
-    scope: str = ""
-    whole_on: date | None = None
-
-    def is_whole_due(self, scope: str, every_days: int, today: date) -> bool:
-        """Whether the next search has to ask for everything again.
-
-        Args:
-            scope: of the next search. On other ground, or with other filters, a watermark says nothing.
-            every_days: days after which a whole search is due again, as owners geotag and change photos long after
-                the upload; 0: never.
-            today: UTC day.
-
-        Returns:
-            Whether it is.
-        """
-        if self.scope != scope:
-            return True
-        is_old = self.whole_on is None or (today - self.whole_on).days >= every_days
-        return every_days > 0 and is_old
-
-
-def last_searched(folder: "UPath | Path") -> Searched:
-    """What a region's last search was.
-
-    Args:
-        folder: the partition's folder.
-
-    Returns:
-        As `keep_searched` noted it.
-    """
-    try:
-        scope, _, day = str((folder / _SCOPE_FILE).read_text(encoding="utf-8")).strip().partition(" ")
-    except FileNotFoundError:
-        return Searched()
-    try:
-        return Searched(scope, date.fromisoformat(day))
-    except ValueError:
-        return Searched(scope)
-
-
-def keep_searched(folder: "UPath | Path", searched: Searched) -> None:
-    """Note that a search was completed, once its photos are stored.
-
-    Args:
-        folder: the partition's folder.
-        searched: what it was.
-
-    Raises:
-        ServiceError: if the disk is full.
-    """
-    text = f"{searched.scope} {searched.whole_on or ''}".strip()
-    write_bytes_atomic(folder / _SCOPE_FILE, f"{text}\n".encode())
-
-
-def search_all(
-    locations: pa.Table,
-    search: Callable[[float, float, float, datetime, datetime], Iterable[dict[str, Any]]],
-    uploaded_from: datetime,
-    uploaded_to: datetime,
-    unfinished: Unfinished,
-    filters: Mapping[str, str],
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Search around every location of a region; an interrupted search goes on where it was.
-
-    Args:
-        locations: SEARCH_LOCATIONS rows.
-        search: Flickr's client: (lon_deg, lat_deg, radius_km, uploaded_from, uploaded_to) to photo records.
-        uploaded_from: first upload time asked for.
-        uploaded_to: end of the upload times asked for. An interrupted search keeps its own: else photos that
-            are uploaded in between would be missed at the locations that it had done.
-        unfinished: answers of an interrupted search, and of this one; close it when the photos are stored.
-        filters: what else decides the answers.
-        progress: called with (done, total) locations.
-
-    Yields:
-        Raw photo records; discs overlap, so ids repeat.
-    """
-    places = locations.select(["location_id", "lon_deg", "lat_deg", "radius_km"]).to_pylist()
-    request = fingerprint(places, uploaded_from, filters)
-    begun = unfinished.take("search", request)
-    if begun is not None:
-        uploaded_to = datetime.fromisoformat(begun[0]["uploaded_to"])
-    of_location = fingerprint(request, uploaded_to)
-    for done, place in enumerate(places, start=1):
-        key = f"location-{place['location_id']}"
-        kept = unfinished.take(key, of_location)
-        if kept is None:
-            where = place["lon_deg"], place["lat_deg"], place["radius_km"]
-            records = list(search(*where, uploaded_from, uploaded_to))
-            if begun is None:
-                # Only with a first answer: a search that is refused leaves nothing.
-                begun = {"uploaded_to": uploaded_to.isoformat()}, b""
-                unfinished.keep("search", request, begun[0])
-            unfinished.keep(key, of_location, {}, json.dumps(records).encode())
-        else:
-            records = json.loads(kept[1])
-        yield from records
-        if progress:
-            progress(done, len(places))
 
 
 def by_status(

@@ -17,7 +17,7 @@ from graft_pipeline.embeddings import read_images
 from graft_pipeline.errors import ServiceError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import SENTINEL2
-from graft_pipeline.photos import Searched, keep_searched, last_searched
+from graft_pipeline.photo_search import Searched, keep_searched, last_searched
 from graft_pipeline.provenance import code_version
 from graft_pipeline.settings import Settings
 from graft_pipeline.trace import trace

@@ -1,19 +1,16 @@
 from collections.abc import Callable
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from upath import UPath
 
 from graft_pipeline import photos
-from graft_pipeline.errors import InputError, ServiceError
 from graft_pipeline.manifests import conform
 from graft_pipeline.regions import Region
-from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES, OUTDOOR_PHOTOS, SEARCH_LOCATIONS
-from graft_pipeline.unfinished import Unfinished
+from graft_pipeline.schemas import FLICKR_PHOTOS, GROUND_IMAGES, OUTDOOR_PHOTOS
 
 REGION = Region.parse("N42W072")
 
@@ -361,78 +358,11 @@ def test_a_photo_that_moves_to_another_region_is_rejected_until_it_comes_back() 
     assert photos.merge_photos(None, result.table, result.outside).num_rows == 0
 
 
-def test_whole_searches_come_back(root: UPath) -> None:
-    day = date(2024, 5, 1)
-    assert photos.last_searched(root) == photos.Searched()
-    assert photos.Searched().is_whole_due("a", 0, day)
-    searched = photos.Searched("a", day)
-    photos.keep_searched(root, searched)
-    assert photos.last_searched(root) == searched
-    assert not searched.is_whole_due("a", 30, day + timedelta(days=29))
-    assert searched.is_whole_due("a", 30, day + timedelta(days=30))
-    assert not searched.is_whole_due("a", 0, day + timedelta(days=3000))
-    assert searched.is_whole_due("b", 30, day)
-    photos.keep_searched(root, photos.Searched("a"))
-    assert photos.last_searched(root) == photos.Searched("a")
-    assert photos.Searched("a").is_whole_due("a", 30, day)
-
-
-def test_searches_go_on_from_the_watermark(make_photos: Callable[..., pa.Table]) -> None:
-    empty = FLICKR_PHOTOS.empty()
-    assert photos.watermark(empty) is None
-    first = datetime(2004, 2, 10, tzinfo=UTC)
-    assert photos.search_from(empty, "2004-02-10") == first
-    latest = datetime(2021, 5, 5, tzinfo=UTC)
-    known = make_photos([{"uploaded_at_utc": latest}, {"uploaded_at_utc": first}])
-    assert photos.watermark(known) == latest
-    assert photos.search_from(known, "2004-02-10") == latest - photos.SEARCH_OVERLAP
-    assert photos.search_from(known, "2021-05-04") == datetime(2021, 5, 4, tzinfo=UTC)
-    assert photos.search_from(known, "2004-02-10", full_refresh=True) == first
-    with pytest.raises(InputError, match="YYYY-MM-DD"):
-        photos.search_from(known, "May")
-
-
 def test_the_upload_rate_is_that_of_the_last_year(make_photos: Callable[..., pa.Table]) -> None:
     now = datetime(2024, 1, 1, tzinfo=UTC)
     uploads = [{"uploaded_at_utc": now - timedelta(days=days)} for days in (1, 100, 364, 366, 4000)]
     assert photos.upload_rate(make_photos(uploads), now) == 3 / 365
     assert photos.upload_rate(FLICKR_PHOTOS.empty(), now) == 0
-
-
-def test_every_location_is_searched_once_even_if_the_search_is_interrupted(root: UPath) -> None:
-    rows = [{"location_id": i, "lon_deg": float(i), "lat_deg": 42.0, "radius_km": 2.0} for i in range(3)]
-    locations = pa.Table.from_pylist(rows, schema=SEARCH_LOCATIONS.schema)
-    start, end = datetime(2020, 1, 1, tzinfo=UTC), datetime(2021, 1, 1, tzinfo=UTC)
-    seen: list[tuple[int, int]] = []
-    asked: list[tuple[float, datetime]] = []
-    is_down = True
-
-    def search(
-        lon: float, lat: float, radius: float, since: datetime, until: datetime
-    ) -> list[dict[str, Any]]:
-        assert (lat, radius, since) == (42.0, 2.0, start)
-        if is_down and lon == 2.0:
-            raise ServiceError("Flickr is down. Wait.")
-        asked.append((lon, until))
-        return [{"id": str(lon), "title": "Käse\ud800"}] * 2
-
-    def run(until: datetime, **filters: str) -> list[dict[str, Any]]:
-        def report(done: int, total: int) -> None:
-            seen.append((done, total))
-
-        unfinished = Unfinished(root)
-        return list(photos.search_all(locations, search, start, until, unfinished, filters, report))
-
-    with pytest.raises(ServiceError):
-        run(end)
-    is_down = False
-    found = run(end + timedelta(days=9))
-    assert [record["id"] for record in found] == ["0.0", "0.0", "1.0", "1.0", "2.0", "2.0"]
-    assert {record["title"] for record in found} == {"Käse\ud800"}
-    assert asked == [(0.0, end), (1.0, end), (2.0, end)], "the end of the window is that of the first run"
-    assert seen[-3:] == [(1, 3), (2, 3), (3, 3)]
-    assert len(run(end, license="4")) == 6
-    assert len(asked) == 6, "other filters, another search"
 
 
 def test_eligible_photos_are_ok_stored_and_outdoors(make_photos: Callable[..., pa.Table]) -> None:
