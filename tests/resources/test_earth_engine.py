@@ -753,7 +753,7 @@ def test_planet_full_of_faults_yields_the_same_chips(planet, make_planet):
     calm = planet_engine(planet.url)
     items = calm.list_scenes(NAIP, PLANET_BOX)[:8]
     wanted = [calm.get_chip(NAIP, item["id"], grid_inside(item, 1.0)) for item in items]
-    rough_planet = make_planet(seed=0, fault_rate=0.4)
+    rough_planet = make_planet(seed=0, fault_rate=0.4, stall_s=0.5)
     rough = planet_engine(rough_planet.url, attempts=12)
     found = [rough.get_chip(NAIP, item["id"], grid_inside(item, 1.0)) for item in items]
     assert all(np.array_equal(one, other) for one, other in zip(wanted, found, strict=True))

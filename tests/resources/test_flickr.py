@@ -516,7 +516,7 @@ def test_planet_search_beyond_the_ceiling_is_split(planet):
 
 def test_planet_full_of_faults_yields_the_same_photos(planet, make_planet):
     wanted = [row["id"] for row in client(planet.url).search(*PLACE, 3.0, *ALL_TIME)]
-    rough = make_planet(seed=0, fault_rate=0.4)
+    rough = make_planet(seed=0, fault_rate=0.4, stall_s=0.5)
     flickr = client(rough.url, retries=Retries(attempts=15, wait=tenacity.wait_none()))
     assert [row["id"] for row in flickr.search(*PLACE, 3.0, *ALL_TIME)] == wanted
     for _ in range(5):

@@ -485,7 +485,7 @@ def test_planet_has_no_other_photos(planet, photographed):
 
 def test_planet_full_of_faults_yields_the_same_images(planet, make_planet, photographed):
     sound = photographed[photographed["has_urls"] & (photographed["flaw"] == "")][:15]
-    calm, rough_planet = fetcher(planet.url + "/static"), make_planet(seed=0, fault_rate=0.4)
+    calm, rough_planet = fetcher(planet.url + "/static"), make_planet(seed=0, fault_rate=0.4, stall_s=0.5)
     rough = fetcher(rough_planet.url + "/static", attempts=15)
     for photo in sound:
         assert rough.fetch(url_of(photo)) == calm.fetch(url_of(photo))
