@@ -31,7 +31,13 @@ from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table
 from graft_pipeline.provenance import fingerprint
-from graft_pipeline.scenes import candidates_for_grids, center_times, most_candidates, tile_grids
+from graft_pipeline.scenes import (
+    candidates_for_grids,
+    center_times,
+    most_candidates,
+    not_held,
+    tile_grids,
+)
 from graft_pipeline.schemas import CHIPS
 from graft_pipeline.shards import read_member
 from graft_pipeline.unfinished import Unfinished
@@ -288,8 +294,8 @@ def update(
     tried anew where the sensor's record or the candidate scenes are others than they were.
 
     A stored chip is fetched anew where it does not obey the cloud rule in force, where the sensor's record says
-    something else of pixels than it did, or where raw bands are wanted that were not kept. It stays where its scene
-    is listed no more.
+    something else of pixels than it did, where raw bands are wanted that were not kept, or where its scene's
+    footprint holds it no more. It stays where its scene is listed no more.
 
     Args:
         tiles: TILES rows of the region.
@@ -315,6 +321,7 @@ def update(
     existing = read_table(folder / f"{CHIPS.name}.parquet", CHIPS)
     known = CHIPS.empty() if existing is None else existing
     valid = _obeying(_of_same_grid(known, tiles), sensor)
+    valid = valid.filter(pa.array(~not_held(valid, scenes, sensor)))
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
     stored = valid.filter(pc.equal(valid["status"], "ok"))
     is_stored = pc.is_in(ordered["tile_id"], stored["tile_id"].combine_chunks())

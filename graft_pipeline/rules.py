@@ -5,7 +5,7 @@ How rows come to obey the rules is in sampling, pairing, splits and scenes; thes
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -290,7 +290,7 @@ def cloud_and_time(
     no more was paid for, and what the scene was is in its row. The evidence counts these, and how many chips have
     the choice that the rule would make today: scenes that were listed later may be nearer in time.
     """
-    from graft_pipeline.scenes import chip_candidates
+    from graft_pipeline.scenes import chip_candidates, regardless_of_clouds
 
     ok = chips.filter(pc.equal(chips["status"], "ok"))
     limits = {"cloud_pct": sensor.scene_limit_pct}
@@ -304,18 +304,16 @@ def cloud_and_time(
     undated = ok["acquired_at_utc"].null_count
     clouds = dict(zip(scenes["scene_id"].to_pylist(), scenes["cloud_pct"].to_pylist(), strict=True))
     unlisted = sum(row["scene_id"] not in clouds for row in used)
-    # Which scene holds which chip has nothing to do with clouds; what the listing says of them may have changed.
-    any_clouds = replace(sensor, cloud_rule="scene", cloud_property=None, max_cloud_pct=None)
-    holding = chip_candidates(
-        tiles, photos, scenes, any_clouds, ok["tile_id"].to_pylist(), limit=scenes.num_rows
-    )
+    # What the listing says of clouds may have changed.
+    clear = regardless_of_clouds(sensor)
+    holding = chip_candidates(tiles, photos, scenes, clear, ok["tile_id"].to_pylist(), limit=scenes.num_rows)
     not_held = sum(
         row["scene_id"] in clouds and row["scene_id"] not in holding[row["tile_id"]] for row in used
     )
     limit = sensor.scene_limit_pct
-    clear = {name for name, cloud in clouds.items() if limit is None or (cloud is not None and cloud < limit)}
+    below = {name for name, cloud in clouds.items() if limit is None or (cloud is not None and cloud < limit)}
     first = sum(
-        next((name for name in holding[row["tile_id"]] if name in clear), None) == row["scene_id"]
+        next((name for name in holding[row["tile_id"]] if name in below), None) == row["scene_id"]
         for row in used
     )
     days = np.abs(ok["time_difference_days"].drop_null().to_numpy())

@@ -6,6 +6,7 @@ The listing is fetched in resources/; pixels are asked for in chips.py.
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,37 @@ def chip_candidates(
     chosen = candidates_for_grids(grids, center_times(wanted, photos), scenes, sensor, limit)
     found = dict(zip(wanted["tile_id"].to_pylist(), chosen, strict=True))
     return {tile_id: found.get(tile_id, []) for tile_id in tile_ids}
+
+
+def not_held(chips: pa.Table, scenes: pa.Table, sensor: Sensor) -> npt.NDArray[np.bool_]:
+    """Which chips are not held, or no more, by the scene that they are of.
+
+    Args:
+        chips: CHIPS rows of a region.
+        scenes: SCENES rows of it. Of a scene that is listed no more nothing is known: it holds its chips.
+        sensor: the sensor; its clouds do not count.
+
+    Returns:
+        (rows,) bool; False for chips without a scene.
+    """
+    clear = regardless_of_clouds(sensor)
+    of_scene = chips["scene_id"].combine_chunks()
+    found = np.zeros(chips.num_rows, dtype=np.bool_)
+    for scene_id in pc.unique(of_scene.drop_null()).to_pylist():
+        scene = scenes.filter(pc.equal(scenes["scene_id"], scene_id))
+        if scene.num_rows:
+            rows = np.flatnonzero(
+                pc.fill_null(pc.equal(of_scene, scene_id), False).to_numpy(zero_copy_only=False)
+            )
+            grids = tile_grids(chips.take(pa.array(rows)))
+            holding = candidates_for_grids(grids, [None] * len(grids), scene, clear)
+            found[rows] = [not scene_ids for scene_ids in holding]
+    return found
+
+
+def regardless_of_clouds(sensor: Sensor) -> Sensor:
+    """The sensor without its limits of clouds: which scene holds which chip has nothing to do with them."""
+    return replace(sensor, cloud_rule="scene", cloud_property=None, max_cloud_pct=None)
 
 
 def tile_grids(tiles: pa.Table) -> list[Grid]:

@@ -389,7 +389,7 @@ def test_a_chip_of_a_scene_that_is_listed_no_more_stays_and_obeys_the_rule(
     assert rules.cloud_and_time(undated, tiles, photos, listed, sensor).violations == 23
 
 
-def test_a_listed_scene_holds_its_chip_or_the_rule_is_broken(
+def test_a_listed_scene_holds_its_chips_or_they_are_fetched_anew(
     tmp_path: Path, tiles: pa.Table, photos: pa.Table
 ) -> None:
     listed = scene_table("A")
@@ -399,6 +399,16 @@ def test_a_listed_scene_holds_its_chip_or_the_rule_is_broken(
         listed.schema.get_field_index("footprint_wkb"), listed.schema.field("footprint_wkb"), elsewhere
     )
     assert rules.cloud_and_time(table, tiles, photos, moved, SMALL).violations == 23
+    # Its chips come from another that does, at the next time; without one they say so.
+    imagery, nearer = Imagery(), pa.concat_tables([moved, scene_table("B")])
+    again, _ = chips.update(tiles, nearer, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(again["scene_id"].to_pylist()) == {scene for scene, _ in imagery.asked} == {"B"}
+    assert rules.cloud_and_time(again, tiles, photos, nearer, SMALL).passed
+    gone, _ = chips.update(tiles, moved, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert gone.equals(again), "of a scene that is listed no more"
+    shrunk = moved.set_column(0, "scene_id", pa.array(["B"]))
+    gone, _ = chips.update(tiles, shrunk, photos, SMALL, UPath(tmp_path), imagery.fetch, **FEW)
+    assert set(gone["reason"].to_pylist()) == {"no_scene"}
 
 
 # --- clouds and raw bands ------------------------------------------------------------------------------------------
