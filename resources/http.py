@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import requests.adapters
 import requests.certs
 import requests.utils
 import tenacity
@@ -244,17 +246,13 @@ class HttpPool:
             self.requests += 1
             manager = self._managers.get(proxy)
             if manager is None:
-                options = {
-                    "num_pools": 32,
-                    "maxsize": self._connections,
-                    "ca_certs": os.environ.get("REQUESTS_CA_BUNDLE") or requests.certs.where(),
-                }
+                options = {"num_pools": 32, "maxsize": self._connections, **_certificates()}
                 if proxy is None:
                     manager = urllib3.PoolManager(**options)
                     if self._public_only:
                         manager.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
                 else:
-                    manager = urllib3.ProxyManager(proxy, **options)
+                    manager = _proxy_manager(proxy, options)
                 self._managers[proxy] = manager
             return manager
 
@@ -301,7 +299,28 @@ def read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: fl
 def _proxy_of(scheme: str, netloc: str) -> str | None:
     """The proxy that the environment (HTTPS_PROXY, NO_PROXY ...) names for a host, or None."""
     url = f"{scheme}://{netloc}/"
-    return requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+    return requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or None
+
+
+def _proxy_manager(proxy: str, options: Mapping[str, Any]) -> urllib3.ProxyManager:
+    """Connections through a proxy, with the name and password of its URL, if there are any.
+
+    Raises:
+        UnreachableError: if it is no usable URL; the text does not repeat it.
+    """
+    try:
+        proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
+        headers = requests.adapters.HTTPAdapter().proxy_headers(proxy)
+        return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
+    except (urllib3.exceptions.LocationValueError, ValueError):
+        raise UnreachableError("the proxy of the environment is no http(s) URL") from None
+
+
+def _certificates() -> dict[str, str]:
+    """Whose certificates are trusted, as urllib3 takes it: a file, or a folder of them."""
+    given = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    trusted = given or requests.certs.where()
+    return {"ca_cert_dir" if Path(trusted).is_dir() else "ca_certs": trusted}
 
 
 def _as_builtin(error: urllib3.exceptions.HTTPError, broken: type[ConnectionError]) -> Exception:

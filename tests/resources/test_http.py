@@ -134,6 +134,25 @@ def test_proxy_of_the_environment_is_used(scripted, reply, monkeypatch, pool):
     assert pool.request("GET", "http://proxied.invalid/file").body == b"by proxy"
 
 
+@pytest.mark.parametrize(("prefix", "sent"), [("http://user:p%40ss@", "Basic dXNlcjpwQHNz"), ("", None)])
+def test_a_proxy_gets_the_credentials_of_its_url(scripted, reply, monkeypatch, pool, prefix, sent):
+    proxy = scripted(lambda request: reply(b"by proxy"))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("http://", prefix))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert pool.request("GET", f"http://proxied-{len(prefix)}.invalid/file").body == b"by proxy"
+    assert [request.headers.get("proxy-authorization") for request in proxy.requests] == [sent]
+
+
+def test_an_unusable_proxy_is_said_without_its_password(monkeypatch, pool):
+    monkeypatch.setenv("HTTP_PROXY", "http://user:pass/word@proxy.invalid:3128")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(UnreachableError, match="proxy") as caught:
+        pool.request("GET", "http://unproxied.invalid/file")
+    assert "pass" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("3", 3.0), ("0.5", 0.5), ("9999", 120.0), ("-4", 0.0), ("", None), ("soon", None), ("nan", None)],
