@@ -51,6 +51,9 @@ def save_encoder(folder: UPath, clip: Clip, card: dict[str, Any] | None = None) 
     if is_local(folder):
         final = Path(os.fspath(folder))
         final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f".{final.name}.*.partial"):
+            # Of a process that was killed here.
+            shutil.rmtree(leftover, ignore_errors=True)
         staging = final.with_name(f".{final.name}.{secrets.token_hex(6)}.partial")
     else:
         staging = Path(tempfile.mkdtemp())

@@ -24,7 +24,7 @@ from upath import UPath
 
 from graft_pipeline.errors import DataError, InputError, TrainingError
 from graft_pipeline.imagery import NAIP, Sensor
-from graft_pipeline.manifests import write_bytes_atomic
+from graft_pipeline.manifests import remove_partial_files, write_bytes_atomic
 from graft_pipeline.provenance import code_version, fingerprint
 from training.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from training.data import Batch, Batches, Chips, Tiles, TrainingSet, first_tiles, validation_batch
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 RECALL_AT = (1, 10)
 
-_LAST, _BEST = "last.safetensors", "best.safetensors"
+_LAST, _BEST = "last.safetensors", "best-{}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Validation:
             level) or a photo's pixel (pixel level).
         recall_at_10: share of queries with one of the tile's own photos among the ten nearest.
         tiles: number of tiles looked at.
-        photos: number of photos they were compared with.
+        photos: (tile, photo) pairs of them.
     """
 
     loss: float
@@ -319,8 +319,9 @@ def train(
                 config, data, clip, foundation_id, run.validations, run.best_step, trainer.steps
             )
             save_encoder(output / "encoder", clip, card)
-            for name in (_LAST, _BEST):
-                (output / "checkpoints" / name).unlink(missing_ok=True)
+            # A run without its last checkpoint starts anew and needs none of the others.
+            (output / "checkpoints" / _LAST).unlink(missing_ok=True)
+            _remove_best(output / "checkpoints")
         team.wait()
         is_cuda = device.type == "cuda"
         return TrainResult(
@@ -355,7 +356,9 @@ def _run_to_the_end(
 ) -> tuple[_Run, _Pace]:
     """Train from the last checkpoint or the start; leaves the best weights in the tower."""
     config, team, steps = trainer.config, trainer.team, trainer.steps
-    last, best = checkpoints / _LAST, checkpoints / _BEST
+    last = checkpoints / _LAST
+    if team.is_first:
+        remove_partial_files(checkpoints)
     run, pace = trainer.resume(last, identity), _Pace()
     if run is None:
         run = _Run()
@@ -374,19 +377,29 @@ def _run_to_the_end(
         if run.step % config.validate_every == 0 or run.step == steps:
             validation = trainer.validate(run)
             if team.is_first:
+                best = checkpoints / _BEST.format(run.best_step)
                 if run.best_step == run.step:
                     save_checkpoint(best, trainer.weights(), {"identity": identity, "step": run.step})
-                # `last` comes second: a run killed in between goes on before `best` and writes it again.
+                # `last` names its `best`, which is there before it, and the one before until after it: a GPU may
+                # find another step the best when a run that was killed in between goes on.
                 save_checkpoint(last, trainer.tensors(), {"identity": identity, "run": asdict(run)})
+                _remove_best(checkpoints, but=best)
                 logger.info("step %d of %d: loss %.3f, validation %s", run.step, steps, loss, validation)
         if progress:
             progress(Progress(run.step, steps, loss, rate, trainer.batches.batch_tiles, validation))
         asked = time.perf_counter()
     # Only the first process validates, so only it knows which weights were the best.
     run = team.agree(run)
-    trainer.restore(best, run)
+    trainer.restore(checkpoints / _BEST.format(run.best_step), run)
     team.wait()
     return run, pace
+
+
+def _remove_best(checkpoints: UPath, but: UPath | None = None) -> None:
+    """Remove the weights that were the best once."""
+    for path in list(checkpoints.glob(_BEST.format("*"))):
+        if but is None or path.name != but.name:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -582,7 +595,9 @@ class _Trainer:
         ]
         queries = torch.cat(parts)
         placed = self._place(replace(batch, chips=batch.chips[:0]))
-        loss = self._loss(queries, placed).item()
+        loss = self._loss(queries, placed)
+        check_finite(loss, run.step, "validation loss")
+        loss = loss.item()
         own_tile = np.arange(len(batch.chips)) if config.level == "image" else batch.tile_of_photo
         has_photo = np.isin(own_tile, batch.tile_of_photo)
         recalls = recall(
@@ -590,6 +605,7 @@ class _Trainer:
             placed.photos[:, : self._clip.embedding_width],
             own_tile[has_photo],
             batch.tile_of_photo,
+            batch.identity,
             RECALL_AT,
         )
         validation = Validation(loss, recalls[0], recalls[1], len(batch.chips), len(batch.photos))
@@ -653,8 +669,13 @@ class _Trainer:
 
     def restore(self, path: UPath, run: _Run) -> None:
         """Load the best weights, unless they are the present ones."""
-        loaded = load_checkpoint(path, self._device) if run.best_step != run.step else None
-        if loaded is not None:
+        if run.best_step != run.step:
+            loaded = load_checkpoint(path, self._device)
+            if loaded is None:
+                raise TrainingError(
+                    f"The best weights, of step {run.best_step}, are not at {path} any more: delete {path.parent} and "
+                    "start again; one training at a time writes there."
+                )
             self._load_tower(loaded[0])
         self._tower.eval()
 
@@ -692,22 +713,28 @@ def recall(
     photos: Tensor,
     tile_of_query: NDArray[np.int64],
     tile_of_photo: NDArray[np.int64],
+    identity: NDArray[np.int64],
     ks: tuple[int, ...],
 ) -> list[float]:
     """Recall@k: share of queries with a photo of their own tile among the k nearest photos.
+
+    Footprints overlap: a photo under several tiles has a row for each, but is one photo, and each tile's own.
 
     Args:
         queries: (Q, D) L2-normalised.
         photos: (P, D) L2-normalised.
         tile_of_query: (Q,) tile of each query.
-        tile_of_photo: (P,) tile of each photo.
+        tile_of_photo: (P,) tile of each row of `photos`.
+        identity: (P,) which photo each row of `photos` is.
         ks: each k.
 
     Returns:
         One recall per k.
     """
-    nearest = (queries @ photos.T).topk(min(max(ks), len(photos)), dim=1).indices.cpu().numpy()
-    is_own = tile_of_photo[nearest] == tile_of_query[:, None]
+    _, first, number = np.unique(identity, return_index=True, return_inverse=True)
+    distinct = photos[torch.from_numpy(first).to(photos.device)]
+    nearest = (queries @ distinct.T).topk(min(max(ks), len(distinct)), dim=1).indices.cpu().numpy()
+    is_own = np.isin(tile_of_query[:, None] * len(distinct) + nearest, tile_of_photo * len(distinct) + number)
     return [float(is_own[:, :k].any(axis=1).mean()) for k in ks]
 
 

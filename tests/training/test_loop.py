@@ -153,6 +153,50 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(toy_world, tmp_path
     assert resumed.model_id == straight.model_id
 
 
+def test_the_best_weights_survive_a_kill_between_two_files(toy_world, tmp_path):
+    checkpoints = tmp_path / "out" / "checkpoints"
+
+    def kill(progress):
+        if progress.step == 2:
+            shutil.copytree(checkpoints, tmp_path / "earlier")
+        if progress.step == 4:
+            raise Killed
+
+    def spoil(module, _, output):
+        # As if a GPU's rounding had made step 4 worse than before; in validations alone.
+        is_seen = isinstance(module, torch.nn.LayerNorm) and not torch.is_grad_enabled()
+        return -output if is_seen else None
+
+    with pytest.raises(Killed):
+        run(toy_world, tmp_path / "out", progress=kill, steps=4)
+    # The best weights of step 4 are written, `last` is not yet.
+    for best in checkpoints.glob("best*"):
+        best.rename(tmp_path / "earlier" / best.name)
+    shutil.rmtree(checkpoints)
+    (tmp_path / "earlier").rename(checkpoints)
+    of_step_2, _ = load_checkpoint(UPath(checkpoints / "last.safetensors"))
+    hook = register_module_forward_hook(spoil)
+    try:
+        result = run(toy_world, tmp_path / "out", steps=4)
+    finally:
+        hook.remove()
+    assert result.best_step == 2
+    exported = weights(result.folder)
+    for name, tensor in of_step_2.items():
+        if name.startswith("tower/"):
+            assert torch.equal(exported[f"visual.{name.removeprefix('tower/')}"], tensor)
+
+
+def test_what_killed_runs_left_half_written_goes(toy_world, tmp_path):
+    half = tmp_path / "checkpoints" / ".last.safetensors.0123456789ab.partial"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    (tmp_path / ".encoder.0123456789ab.partial").mkdir()
+    run(toy_world, tmp_path, steps=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "encoder", "history.json"]
+    assert list(half.parent.iterdir()) == []
+
+
 def test_another_configuration_starts_anew(toy_world, tmp_path):
     def kill(progress):
         if progress.step == 4:
@@ -200,12 +244,15 @@ def test_a_loss_that_is_no_number_stops_with_advice(toy_world, tmp_path):
     broken = tmp_path / "snapshot=broken"
     broken.mkdir()
     (broken / "training_set.parquet").write_bytes((toy_world.folder / "training_set.parquet").read_bytes())
-    embeddings = np.load(str(toy_world.folder / "ground_embeddings.npy"))
-    embeddings[:] = np.nan
-    np.save(broken / "ground_embeddings.npy", embeddings)
-    with pytest.raises(GraftError, match="lower the learning rate"):
-        train(config_of(toy_world), UPath(broken), toy_world.root, UPath(tmp_path / "out"))
-    assert not (tmp_path / "out" / "encoder").exists()
+    table = pq.read_table(str(toy_world.folder / "training_set.parquet"))
+    row, split = np.asarray(table["embedding_row"]), np.asarray(table["split"])
+    for name, what in (("train", "loss"), ("validation", "validation loss")):
+        embeddings = np.load(str(toy_world.folder / "ground_embeddings.npy"))
+        embeddings[row[split == name]] = np.nan
+        np.save(broken / "ground_embeddings.npy", embeddings)
+        with pytest.raises(GraftError, match=f"The {what} of step 0 is nan: lower the learning rate"):
+            train(config_of(toy_world), UPath(broken), toy_world.root, UPath(tmp_path / "out"))
+        assert not (tmp_path / "out" / "encoder").exists()
 
 
 def last_step(output):
@@ -335,8 +382,15 @@ def test_recall_by_hand():
     photos = torch.eye(4)
     queries = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.9, 0.8, 0.1]])
     # The first tile owns photo 1 (second nearest), the second photos 2 and 3 (second and third nearest).
-    recalls = recall(queries, photos, np.array([0, 1]), np.array([9, 0, 1, 1]), (1, 2, 10))
+    recalls = recall(queries, photos, np.array([0, 1]), np.array([9, 0, 1, 1]), np.arange(4), (1, 2, 10))
     assert recalls == [0.0, 1.0, 1.0]
+
+
+def test_a_photo_under_two_tiles_is_found_by_both():
+    # Photo 7 lies under both tiles, photo 3 under the second: each tile's nearest photo is its own.
+    photos, identity = torch.eye(2)[[0, 0, 1]], np.array([7, 7, 3])
+    queries = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]])
+    assert recall(queries, photos, np.array([0, 1, 0]), np.array([0, 1, 1]), identity, (1, 2)) == [2 / 3, 1.0]
 
 
 def test_configurations_and_devices_that_cannot_work_are_refused():
