@@ -55,6 +55,8 @@ _PLACEHOLDER = "photo_unavailable"
 _EXIF_ORIENTATION = 0x0112
 _START_OF_SCAN = b"\xff\xda"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: What Pillow raises of files that are broken somewhere.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error)
 
 
 class ImageFetcher:
@@ -289,15 +291,19 @@ def encode(content: bytes) -> FetchedImage:
         raise _unidentified(content) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ItemError("too_large", str(error), is_permanent=True) from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except _BROKEN as error:
         raise ItemError("truncated", f"unreadable header: {error}", is_permanent=False) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ItemError("too_large", f"{width} x {height} px", is_permanent=True)
     if min(width, height) < MIN_SIDE_PX:
         raise ItemError("too_small", f"{width} x {height} px", is_permanent=True)
-    # A multi-picture JPEG holds further views of a still photo: its first picture is the photo.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    try:
+        # A multi-picture JPEG holds further views of a still photo: its first picture is the photo.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except _BROKEN as error:
+        raise ItemError("truncated", f"unreadable frames: {error}", is_permanent=False) from None
+    if is_animated:
         # Not how many: to count a GIF's is to read them all.
         raise ItemError("animated", "more than one frame", is_permanent=True)
     # Within a scan's data the marker cannot occur; other pictures of the file count as well.
@@ -320,7 +326,7 @@ def encode(content: bytes) -> FetchedImage:
             # Decodes a JPEG at a half, quarter or eighth of its size, if that is still large enough.
             image.draft(None, target)
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _BROKEN as error:
         raise ItemError("truncated", f"not decodable: {error}", is_permanent=False) from None
     if not is_kept:
         # Hamming: half of Lanczos' time, which is most of an image's, and sharper than the area filter of others.
@@ -335,7 +341,7 @@ def _orientation(image: Any) -> int:
     """EXIF orientation, 1 to 8; 1 if there is none, or no sense in it."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error):
+    except _BROKEN:
         return 1
     return value if value in range(1, 9) else 1
 

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import threading
@@ -147,6 +148,15 @@ def test_no_cut_file_passes(kind):
     content = file_of(picture(), kind)
     for length in [12, *range(30, len(content) - 12, max(1, len(content) // 40))]:
         with pytest.raises(ItemError):
+            encode(content[:length])
+
+
+def test_no_cut_animation_crashes():
+    frames = [picture(64, 48, seed).quantize(8) for seed in range(2)]
+    content = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    first = len(file_of(frames[0], "GIF"))
+    for length in range(first - 10, first + 60):
+        with contextlib.suppress(ItemError):
             encode(content[:length])
 
 
