@@ -84,6 +84,22 @@ def _api_class() -> type:
     return Api
 
 
+@functools.cache
+def _bucket_class() -> type:
+    """The class of pyrate-limiter's shared pace, but for calls in the future: they are of a clock that was wrong."""
+    from pyrate_limiter import RateItem, SQLiteBucket
+
+    class Bucket(SQLiteBucket):
+        def put(self, item: RateItem) -> bool:
+            # Kept, they would hold up all runs until the clock is there.
+            latest = self.now() + max(rate.interval for rate in self.rates)
+            with self.lock, self.conn:
+                self.conn.execute(f"DELETE FROM {self.table} WHERE item_timestamp > ?", (latest,))
+            return super().put(item)
+
+    return Bucket
+
+
 def shared_pacing_file(key: str) -> Path:
     """The file in which all runs of a deployment keep the pace of a key.
 
@@ -459,8 +475,7 @@ class FlickrClient:
     def _read_body(self, response: Any) -> None:
         """Read a body within limits; requests has none, and would wait for a dripping server for ever."""
         try:
-            # Where requests keeps a body that was read.
-            response._content = read_body(response.raw, MAX_BYTES, 3 * self._timeout_s, time.monotonic())
+            content = read_body(response.raw, MAX_BYTES, 3 * self._timeout_s, time.monotonic())
         except BodyTooLargeError as error:
             raise TransientError("unreadable", f"the answer is too large ({error})") from None
         except TimeoutError as error:
@@ -468,7 +483,9 @@ class FlickrClient:
         except ConnectionError as error:
             raise TransientError("connection", f"the answer broke off ({error})") from None
         with self._lock:
-            self.downloaded_bytes += len(response._content)
+            self.downloaded_bytes += len(content)
+        # Where requests keeps a body that was read. A byte in a title that is no UTF-8 must not cost the page.
+        response._content = content.decode("utf-8-sig", "replace").encode()
         response._content_consumed = True
         response.raw.release_conn()
 
@@ -488,7 +505,7 @@ class FlickrClient:
 
     def _open(self) -> tuple[Any, Any]:
         import requests
-        from pyrate_limiter import Duration, Limiter, Rate, SQLiteBucket, StateBucket
+        from pyrate_limiter import Duration, Limiter, Rate, StateBucket
 
         # Evenly spread: a burst at the start of an hour would lock every other user of the key out.
         per_hour = self._calls_per_hour
@@ -502,7 +519,7 @@ class FlickrClient:
                 limiter = Limiter(StateBucket([rate]), buffer_ms=1)
             else:
                 self._pacing_file.parent.mkdir(parents=True, exist_ok=True)
-                bucket = SQLiteBucket.init_from_file(
+                bucket = _bucket_class().init_from_file(
                     [rate], db_path=str(self._pacing_file), use_file_lock=True
                 )
                 limiter = Limiter(bucket, buffer_ms=1)

@@ -183,6 +183,12 @@ def test_types_of_the_answer_are_coerced(scripted, reply, caplog):
     assert "3 records without an id" in caplog.text
 
 
+def test_an_odd_byte_or_mark_costs_no_page(scripted, reply):
+    rows = page([{"id": "1", "title": "caf@"}, {"id": "2"}])
+    server = scripted(lambda request: reply(b"\xef\xbb\xbf" + rows.replace(b"@", b"\xe9")))
+    assert [row["id"] for row in search(client(server.url))] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -365,6 +371,20 @@ def test_pace_is_kept_over_restarts(scripted, reply, tmp_path):
 
     with sqlite3.connect(file) as database:
         assert database.execute("select count(*) from rate_bucket").fetchone()[0] == 2
+
+
+def test_a_clock_that_is_set_back_holds_up_no_call(scripted, reply, tmp_path):
+    """As where a machine starts with a wrong clock, which is corrected later: a day ahead here."""
+    import sqlite3
+
+    server = scripted(lambda request: reply(page([])))
+    file = tmp_path / "pace.sqlite"
+    with client(server.url, pacing_file=file, calls_per_hour=3600) as flickr:
+        search(flickr)
+        with sqlite3.connect(file) as database:
+            database.execute("update rate_bucket set item_timestamp = item_timestamp + 86400000")
+        _, limiter = flickr._opened
+        assert limiter.try_acquire("flickr", timeout=5)
 
 
 def test_calls_are_paced(scripted, reply):
