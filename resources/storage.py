@@ -264,11 +264,16 @@ class Storage:
 
         Raises:
             SettingsError: if the root is not there, not a folder, or not permitted.
-            ServiceError: if the disk is full, or anything else fails.
+            ServiceError: if the disk is full, a bucket does not answer, or anything else fails.
         """
         try:
             yield
-        except _client_errors() as error:
+        except _client_errors("ConnectionError", "HTTPClientError") as error:
+            raise ServiceError(
+                f"The storage root {self._given} cannot be reached ({error}): check the network and the bucket's "
+                "endpoint, then start the run again: finished work is kept."
+            ) from error
+        except _client_errors("BotoCoreError") as error:
             raise SettingsError(
                 f"The storage root {self._given} cannot be opened ({error}): check GRAFT_ROOT and its credentials."
             ) from error
@@ -297,7 +302,7 @@ def _world_name(planet_seed: int | None) -> str:
     return "the real services" if planet_seed is None else f"the planet of seed {planet_seed}"
 
 
-def _client_errors() -> tuple[Any, ...]:
+def _client_errors(*names: str) -> tuple[Any, ...]:
     """Errors of an object store's client that are no OSErrors, such as missing credentials."""
     botocore: Any = sys.modules.get("botocore.exceptions")
-    return (botocore.BotoCoreError,) if botocore is not None else ()
+    return tuple(getattr(botocore, name) for name in names) if botocore is not None else ()

@@ -281,3 +281,10 @@ def test_a_bucket_shows_at_once_what_other_processes_write(s3_root):
 def test_a_missing_bucket_is_named(s3_root):
     with pytest.raises(SettingsError, match=r"s3://nowhere.*a bucket that exists"):
         Storage("s3://nowhere/data").check()
+
+
+def test_a_bucket_out_of_reach_is_tried_again(s3_root, free_url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", free_url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(ServiceError, match=r"s3://elsewhere.*start the run again"):
+        Storage("s3://elsewhere/data").read(schemas.SEARCH_LOCATIONS, region=REGION)
