@@ -34,6 +34,25 @@ ASSETS = ("flickr_photos", "naip/pairs")
 PICTURE_BYTES = 15_000
 
 
+def cover(names: list[str]) -> None:
+    """The dataset `regions` of an area that covers all of them."""
+    import pyarrow as pa
+
+    from graft_pipeline.regions import Region
+    from graft_pipeline.schemas import REGIONS
+    from graft_pipeline.settings import load_settings
+    from resources.storage import Storage
+
+    corners = ("west_deg", "south_deg", "east_deg", "north_deg")
+    cells = [Region.parse(name, 1.0) for name in sorted(names)]
+    rows = [
+        {"region": of.key, "area": "world", **dict(zip(corners, of.bounds, strict=True)), "epsg": of.epsg}
+        for of in cells
+    ]
+    table = pa.Table.from_pylist([row | {"covered_pct": 100.0} for row in rows], schema=REGIONS.schema)
+    Storage.from_settings(load_settings()).write(REGIONS, table)
+
+
 def region_names(count: int) -> list[str]:
     """Cells of the one-degree grid, from 60 degrees south."""
     from graft_pipeline.regions import Region
@@ -233,6 +252,7 @@ def run(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str
     names = region_names(options.regions)
     with table.measure(f"make {len(names)} partitions, {options.materialised:.0%} materialised"):
         fill(instance, names, options.materialised)
+    cover(names)
     definitions = build_defs()
     ticks(table, instance, definitions)
     serve = ["api", "grpc", "-h", "127.0.0.1", "-p", str(ports["code"]), "-m", "graft_pipeline.definitions"]

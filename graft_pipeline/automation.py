@@ -175,7 +175,11 @@ def build_schedules(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sche
         ),
     )
     def collect_stale_regions(context: dg.ScheduleEvaluationContext) -> Any:
-        states = region_states(context.instance, sensors)
+        names = areas_of_regions(_storage(settings))
+        # Where no area is any more there is nothing to search; its partition and what was collected stay.
+        states = [
+            state for state in region_states(context.instance, sensors) if state.is_busy or state.key in names
+        ]
         chosen = incremental.choose(
             states,
             budget,
@@ -187,7 +191,6 @@ def build_schedules(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sche
         if not chosen:
             return dg.SkipReason(f"No region is due within the budget ({len(states)} regions, {busy} busy).")
         context.log.info("%d of %d regions, %d more are busy", len(chosen), len(states), busy)
-        names = areas_of_regions(_storage(settings))
         return [
             # One run a region and tick, however often the tick is evaluated.
             dg.RunRequest(

@@ -53,6 +53,20 @@ def report(
     )
 
 
+def cover(deployment: Any, *regions: str) -> None:
+    """Regions of the only area, as the asset `regions` leaves them."""
+    from shapely import union_all
+
+    from graft_pipeline import areas
+    from graft_pipeline.regions import Region
+
+    cells = [Region.parse(region, 0.25).polygon.buffer(-0.01) for region in regions]
+    deployment.storage.write(
+        schemas.REGIONS, areas.regions_table([areas.Area("here", union_all(cells))], 0.25)
+    )
+    deployment.instance.add_dynamic_partitions("region", regions)
+
+
 def start(deployment: Any, region: str, status: dg.DagsterRunStatus) -> None:
     """A run of a region that has come as far as that."""
     deployment.instance.create_run_for_job(
@@ -95,7 +109,7 @@ def test_the_schedule_starts_what_is_due_and_nothing_that_is_under_way(deploy: D
     deployment = deploy(sensors=NAIP, schedule_max_regions="5")
     regions = [f"N42.00W071.{part}" for part in ("00", "25", "50", "75")] + ["N42.00W072.00"]
     missing, queued, failed, fresh, stale = regions
-    deployment.instance.add_dynamic_partitions("region", regions)
+    cover(deployment, *regions)
     for region in (fresh, stale):
         report(deployment, "flickr_photos", region, flickr_calls=7, photos_per_day=1.0)
     start(deployment, queued, dg.DagsterRunStatus.STARTING)
@@ -116,10 +130,20 @@ def test_the_schedule_keeps_within_flickrs_quota(deploy: Deploy) -> None:
         sensors=NAIP, flickr_calls_per_hour="100", schedule_quota_share="1", search_locations_per_region="40"
     )
     regions = ["N42.00W071.00", "N42.00W071.25", "N42.00W071.50"]
-    deployment.instance.add_dynamic_partitions("region", regions)
+    cover(deployment, *regions)
     assert tick(deployment) == regions[:2]
     start(deployment, regions[0], dg.DagsterRunStatus.STARTING)
     assert tick(deployment) == regions[1:2]
+
+
+def test_the_schedule_spends_nothing_on_regions_that_no_area_covers_any_more(deploy: Deploy) -> None:
+    deployment = deploy(
+        sensors=NAIP, flickr_calls_per_hour="100", schedule_quota_share="1", search_locations_per_region="40"
+    )
+    regions = ["N42.00W071.00", "N42.00W071.25", "N42.00W071.50"]
+    cover(deployment, *regions)
+    cover(deployment, regions[2])
+    assert tick(deployment) == regions[2:]
 
 
 def test_a_new_or_changed_area_is_registered_once(deploy: Deploy) -> None:
