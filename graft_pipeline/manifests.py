@@ -524,8 +524,8 @@ def connect(
 ) -> "DuckDBPyConnection":
     """Open DuckDB, in memory, with one view for each dataset of a storage root.
 
-    Views read the Parquet files as they lie; hive partition columns are strings. A dataset without files is
-    an empty view with its columns.
+    Views read the Parquet files as they lie; hive partition columns are strings. Columns that a file lacks, as an
+    earlier version wrote it, are null. A dataset without files is an empty view with its columns.
 
     Args:
         root: storage root, local or on any fsspec file system.
@@ -538,7 +538,7 @@ def connect(
 
     connection = duckdb.connect(":memory:")
     # Progress bars and local time zones do not belong into results.
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET TimeZone = 'UTC'; CREATE SCHEMA whole")
     local = is_local(root)
     base = str(Path(str(root)).absolute()) if local else str(root).rstrip("/")
     if not local:
@@ -546,16 +546,20 @@ def connect(
     for dataset in datasets:
         name, depth = dataset.name, len(dataset.partitions)
         pattern = "/".join([name, *["*"] * depth, f"{name}.parquet"])
+        fields = [*dataset.schema, *(pa.field(column, pa.string()) for column in dataset.partitions)]
         if next(iter(root.glob(pattern)), None) is None:
-            fields = [*dataset.schema, *(pa.field(column, pa.string()) for column in dataset.partitions)]
             connection.register(name, pa.schema(fields).empty_table())
             continue
+        connection.register("_fields", pa.schema(fields).empty_table())
+        connection.execute(f"CREATE TABLE whole.{_quoted(name)} AS FROM _fields")
+        connection.unregister("_fields")
         hive = ", ".join(f"{_quoted(column)}: VARCHAR" for column in dataset.partitions)
         types = f", hive_types = {{{hive}}}" if hive else ""
         source = f"{base}/{pattern}".replace("'", "''")
+        # By name, below a table of every column: files of earlier versions may lack some, here and there or all.
         connection.execute(
-            f"CREATE VIEW {_quoted(name)} AS SELECT * FROM read_parquet("
-            f"'{source}', hive_partitioning = {str(bool(hive)).lower()}{types})"
+            f"CREATE VIEW {_quoted(name)} AS FROM whole.{_quoted(name)} UNION ALL BY NAME FROM "
+            f"read_parquet('{source}', hive_partitioning = {str(bool(hive)).lower()}{types}, union_by_name = true)"
         )
     return connection
 

@@ -10,7 +10,14 @@ from upath import UPath
 
 from graft_pipeline import manifests
 from graft_pipeline.errors import DataError, ServiceError
-from graft_pipeline.schemas import DATASETS, FLICKR_PHOTOS, OUTDOOR_PHOTOS, REGIONS, SEARCH_LOCATIONS
+from graft_pipeline.schemas import (
+    CHIP_EMBEDDINGS,
+    DATASETS,
+    FLICKR_PHOTOS,
+    OUTDOOR_PHOTOS,
+    REGIONS,
+    SEARCH_LOCATIONS,
+)
 
 ROWS = [
     {"location_id": 1, "lon_deg": -71.5, "lat_deg": 42.5, "radius_km": 2.0},
@@ -181,6 +188,25 @@ def test_duckdb_sees_every_dataset(root: UPath) -> None:
             columns = connection.sql(f"SELECT * FROM {dataset.name} LIMIT 0").columns
             assert columns == [*dataset.schema.names, *dataset.partitions]
         assert connection.sql("SELECT count(*) FROM pairs").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("older", [(), (0,), (1,), (0, 1)])
+def test_duckdb_sees_files_of_earlier_versions(root: UPath, older: tuple[int, ...]) -> None:
+    for number, key in enumerate(("N00E005", "N42W072")):
+        path = manifests.partition_file(root, CHIP_EMBEDDINGS, sensor="naip", region=key)
+        row = {
+            "tile_id": key, "center_lon_deg": 5.0, "center_lat_deg": 0.0, "embedding": [1.0, 0.0], "model_id": "m",
+            "chip_sha256": "0f",
+        }  # fmt: skip
+        table = manifests.conform(pa.Table.from_pylist([row]), CHIP_EMBEDDINGS)
+        whole = table.drop_columns(["chip_sha256"]) if number in older else table
+        manifests.write_bytes_atomic(path, manifests.parquet_bytes(whole))
+    with manifests.connect(root) as connection:
+        view = connection.sql("SELECT * FROM chip_embeddings ORDER BY tile_id")
+        assert view.columns == [*CHIP_EMBEDDINGS.schema.names, "sensor", "region"]
+        assert [row[-3] for row in view.fetchall()] == [None if n in older else "0f" for n in (0, 1)]
+        tables = {name for (name,) in connection.sql("SHOW TABLES").fetchall()}
+    assert tables == set(DATASETS)
 
 
 def test_timestamps_stay_utc(root: UPath, make_photos: Callable[..., pa.Table]) -> None:
