@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import numpy as np
 import typer
@@ -115,25 +115,24 @@ def with_fields(config: "TrainConfig", assignments: list[str]) -> "TrainConfig":
         The changed configuration.
 
     Raises:
-        InputError: if there is no such field, or its value is of another type than the present one.
+        InputError: if there is no such field, or its value is of another type.
     """
-    changes = {}
+    from pydantic import TypeAdapter, ValidationError
+
+    types, changes = get_type_hints(type(config)), {}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
-        if not separator or name not in vars(config):
-            raise InputError(
-                f"--set {assignment}: write NAME=VALUE, NAME being one of {', '.join(vars(config))}."
-            )
+        if not separator or name not in types:
+            raise InputError(f"--set {assignment}: write NAME=VALUE, NAME being one of {', '.join(types)}.")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        present = getattr(config, name)
-        value = tuple(value) if isinstance(present, tuple) and isinstance(value, list) else value
-        value = float(value) if isinstance(present, float) and type(value) is int else value
-        if present is not None and value is not None and type(value) is not type(present):
-            raise InputError(f"--set {assignment}: {name} is of type {type(present).__name__}.")
-        changes[name] = value
+        try:
+            changes[name] = TypeAdapter(types[name]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            (problem, *_) = error.errors(include_url=False)
+            raise InputError(f"--set {assignment}: {problem['msg']}; give such a value.") from None
     return replace(config, **changes)
 
 

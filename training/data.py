@@ -135,7 +135,8 @@ class TrainingSet:
         self.targets: NDArray[np.float32] | SideBySide = self.embeddings
         if alt_text:
             texts = _read_alt_texts(self.folder / _ALT_TEXTS, self.embeddings.shape)
-            table = table.filter(pa.array(texts[table["embedding_row"].to_numpy()].any(axis=1)))
+            # Not of the pairs' rows: a photo under ten tiles is looked at once, and nothing is copied.
+            table = table.filter(pa.array(texts.any(axis=1)[table["embedding_row"].to_numpy()]))
             self.targets = SideBySide(self.embeddings, texts)
         self.pair_count = len(table)
         table = table.sort_by([("tile_id", "ascending"), ("photo_id", "ascending")])
@@ -417,11 +418,17 @@ class Batches:
 
         Raises:
             DataError: if there are fewer tiles than processes.
+            InputError: if a batch has.
         """
         if len(tiles) < size:
             raise DataError(
                 f"The training split has {len(tiles)} tiles for {size} processes: scrape more regions, or lower "
                 "validation_fraction."
+            )
+        if batch_tiles < size:
+            raise InputError(
+                f"A batch of {batch_tiles} tiles is less than one for each of {size} processes: raise batch_tiles, or "
+                "start fewer processes."
             )
         self._tiles, self._chips, self._embeddings = tiles, chips, embeddings
         self._crop_px, self._photos_per_tile, self._max_shift = crop_px, photos_per_tile, max_shift

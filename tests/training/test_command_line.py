@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -71,9 +72,13 @@ def test_fields_are_set_from_text():
     assert changed == replace(
         PLANET_IMAGE, temperature=0.1, grad_clip=2.0, precision="bf16", betas=(0.8, 0.9), threads=3
     )
-    for wrong in ("no_such_field=1", "steps", "steps=many", "steps=1.5", "seed=true"):
+    # The paper's recipe has no number of steps to compare with.
+    assert with_fields(PAPER_IMAGE, ["steps=7"]).steps == 7
+    assert with_fields(PLANET_IMAGE, ["steps=null"]).steps is None
+    wrong = ["no_such_field=1", "steps", "steps=many", "steps=1.5", "seed=true", "epochs=null", "betas=[0.9]"]
+    for recipe, assignment in itertools.product((PLANET_IMAGE, PAPER_IMAGE), wrong):
         with pytest.raises(InputError, match="--set"):
-            with_fields(PLANET_IMAGE, [wrong])
+            with_fields(recipe, [assignment])
 
 
 def test_errors_are_one_line(tmp_path):

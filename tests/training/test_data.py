@@ -178,6 +178,8 @@ def test_processes_share_a_batch_without_loss(data):
     assert whole.others.shape == (0, 32)
     with pytest.raises(DataError, match="for 51 processes"):
         batches_of(data, size=51)
+    with pytest.raises(InputError, match=r"A batch of 1 tiles .* raise batch_tiles"):
+        batches_of(data, batch_tiles=1, size=2)
 
 
 @pytest.mark.parametrize("level", ["image", "pixel"])
