@@ -69,6 +69,8 @@ def test_prompt_files_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"templates": ["{}"], "classes": {"a": ["b"]}}))
     assert load_prompts(path).prompts() == {"a": ["b"]}
+    path.write_text(json.dumps({"templates": ["{} of {year}"], "classes": {"a": ["{b}"]}}))
+    assert load_prompts(path).prompts() == {"a": ["{b} of {year}"]}
 
 
 @pytest.mark.parametrize(
@@ -80,11 +82,16 @@ def test_prompt_files_of_ones_own(tmp_path):
         '{"classes": {}, "templates": ["{}"]}',
         '{"classes": {"a": []}, "templates": ["{}"]}',
         '{"classes": {"a": ["b"]}, "templates": ["no place"]}',
+        # A word, not a list of words: its letters would be prompts.
+        '{"classes": {"a": "bc"}, "templates": ["{}"]}',
+        '{"classes": {"a": [1]}, "templates": ["{}"]}',
+        '{"classes": {"a": [" "]}, "templates": ["{}"]}',
+        '{"classes": {"for\xeat": ["b"]}, "templates": ["{}"]}',
     ],
 )
 def test_malformed_prompt_files_are_refused(tmp_path, content):
     path = tmp_path / "mine.json"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError):
         load_prompts(path)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from graft_pipeline.errors import InputError
 from graft_pipeline.osm_labels import osm_classes
@@ -59,7 +60,8 @@ class PromptSet:
     def prompts(self) -> dict[str, list[str]]:
         """Every template with every word, per class."""
         return {
-            name: [template.format(word) for word in words for template in self.templates]
+            # Not formatted: a sentence may hold other braces.
+            name: [template.replace("{}", word) for word in words for template in self.templates]
             for name, words in self.classes.items()
         }
 
@@ -94,9 +96,8 @@ def load_prompts(name: str | Path) -> PromptSet:
     source = Path(name) if str(name).endswith(".json") else builtin / f"{name}.json"
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-        return PromptSet(
-            {key: tuple(words) for key, words in content["classes"].items()}, tuple(content["templates"])
-        )
+        classes = {key: _texts(words, key) for key, words in content["classes"].items()}
+        return PromptSet(classes, _texts(content["templates"], "templates"))
     except FileNotFoundError as error:
         known = sorted(
             file.name.removesuffix(".json") for file in builtin.iterdir() if file.name.endswith(".json")
@@ -104,7 +105,14 @@ def load_prompts(name: str | Path) -> PromptSet:
         raise InputError(
             f"No prompt set {str(name)!r}: use one of {', '.join(known)}, or a JSON file."
         ) from error
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{source} is no prompt set ({error!r}): it needs `classes` and `templates`."
+            f"{source} is no prompt set ({error!r}): it needs `classes` and `templates`, in UTF-8."
         ) from error
+
+
+def _texts(values: Any, what: str) -> tuple[str, ...]:
+    # A word in place of a list of words would be taken for its letters.
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise TypeError(f"{what} is no list of words")
+    return tuple(values)
