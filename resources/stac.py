@@ -60,8 +60,12 @@ HEADER_BYTES = 1 << 15
 _KEPT = 1024
 #: A token is renewed so long before it expires.
 _TOKEN_MARGIN_S = 120.0
+MAX_REDIRECTS = 3
+_REDIRECTS = frozenset({301, 302, 307, 308})
 #: First processing baseline whose values are shifted (Sentinel-2 products, ESA).
 _SHIFTED_BASELINE = 4.0
+#: Assets of Sentinel-2 that hold no reflectance, and are not shifted.
+_UNSHIFTED = frozenset({"aot", "wvp", "scl", "visual", "cloud", "snow"})
 #: Properties that say which baseline an item has, and whether its catalogue took the shift back.
 _BASELINE = ("s2:processing_baseline", "earthsearch:boa_offset_applied")
 
@@ -122,6 +126,7 @@ class Stac:
         self._items: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
         self._headers: OrderedDict[str, _Header] = OrderedDict()
         self._tokens: dict[str, tuple[str, float]] = {}
+        self._has_read = False
 
     @classmethod
     def from_settings(cls, settings: Settings, *, retries: Retries | None = None) -> "Stac":
@@ -224,8 +229,9 @@ class Stac:
 
         Raises:
             ItemError: if this chip cannot be had. Permanent: `scene_missing`, `bad_request`. To be tried
-                again: `invalid_pixels`, `truncated`, `timeout`, `connection`, `unavailable`, `rate_limited`.
-            SettingsError: if credentials are refused.
+                again: `invalid_pixels`, `truncated`, `timeout`, `connection`, `unavailable`, `rate_limited`,
+                `forbidden` (a file, where others were not).
+            SettingsError: if access is refused.
             ServiceError: if a host cannot be reached, or chip after chip fails.
         """
 
@@ -386,10 +392,25 @@ class Stac:
 
     def _ranged(self, href: str, sensor: Sensor, start: int, end: int) -> Answer:
         """Bytes start (included) to end (excluded, or the file's) of a file, retried and checked."""
+        refusals = 0
 
         def attempt() -> Answer:
+            nonlocal refusals
             headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-            answer = self._request(self._signed(href, sensor), headers=headers)
+            token = self._token(sensor)
+            signed = f"{href}{'&' if urlsplit(href).query else '?'}{token}" if token else href
+            answer = self._request(signed, headers=headers)
+            if answer.status in (401, 403):
+                refusals += 1
+                message = f"HTTP {answer.status}: {answer.reason}"
+                if token and refusals == 1:
+                    # It may have expired by the service's clock, or was never good.
+                    self._forget_token(token)
+                    raise TransientError("forbidden", message, is_quick=True)
+                if not self._has_read:
+                    raise self._refused(message)
+                # Some stores say so of a file that is not there.
+                raise TransientError("forbidden", message, is_exhausted=True)
             if answer.status != 206:
                 raise self._failure(answer)
             found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
@@ -398,42 +419,59 @@ class Stac:
                 raise TransientError("invalid_pixels", f"range {got!r} instead of {start}-{end - 1}")
             if len(answer.body) != int(found[2]) + 1 - start:
                 raise TransientError("truncated", f"{len(answer.body)} bytes of the range {start}-{end - 1}")
+            self._has_read = True
             return answer
 
         return self._retries.call(attempt)
 
-    def _signed(self, href: str, sensor: Sensor) -> str:
-        """A link with the collection's token, if there is one."""
+    def _token(self, sensor: Sensor) -> str | None:
+        """What is appended to links of the sensor's collection, if anything."""
         if sensor.token_url is None:
-            return href
+            return None
         address = f"{sensor.token_url.rstrip('/')}/{quote(sensor.collection, safe='')}"
         with self._lock:
             token, expires_s = self._tokens.get(address, ("", 0.0))
         if time.time() > expires_s - _TOKEN_MARGIN_S:
-            found = self._ask(address)
             try:
+                found = self._ask(address)
                 token = str(found["token"])
                 expires_s = datetime.fromisoformat(str(found["msft:expiry"])).timestamp()
-            except (KeyError, ValueError):
+            except (RequestError, KeyError, ValueError) as error:
                 raise SettingsError(
-                    f"{host_of(address)} gives no token for {sensor.collection}: correct the sensor's token_url."
+                    f"{host_of(address)} gives no token for {sensor.collection} ({error}): correct the sensor's "
+                    "token_url."
                 ) from None
             with self._lock:
                 self._tokens[address] = token, expires_s
-        return f"{href}{'&' if urlsplit(href).query else '?'}{token}"
+        return token
+
+    def _forget_token(self, token: str) -> None:
+        with self._lock:
+            self._tokens = {address: kept for address, kept in self._tokens.items() if kept[0] != token}
 
     # --- both ---
 
     def _request(self, url: str, **request: Any) -> Answer:
-        """One request within the limits."""
-        if not is_http_url(url):
-            raise RequestError(f"{url!r} is no http(s) link", 400)
+        """One request within the limits, and those that it is redirected to."""
         headers = {"User-Agent": USER_AGENT, **(request.pop("headers", None) or {})}
-        with self._pace.slot():
+        method = request.pop("method", "GET")
+        for _ in range(MAX_REDIRECTS + 1):
+            if not is_http_url(url):
+                # Without what it is signed with.
+                raise RequestError(f"{url.partition('?')[0]!r} is no http(s) link", 400)
+            with self._pace.slot():
+                try:
+                    answer = self._pool.request(method, url, headers=headers, **request)
+                except TRANSPORT_ERRORS as error:
+                    raise transport_failure(error) from None
+            target = answer.headers.get("location")
+            if answer.status not in _REDIRECTS or not target:
+                return answer
             try:
-                return self._pool.request(request.pop("method", "GET"), url, headers=headers, **request)
-            except TRANSPORT_ERRORS as error:
-                raise transport_failure(error) from None
+                url = urljoin(url, target)
+            except ValueError:
+                break
+        raise RequestError(f"HTTP {answer.status}: redirected for ever, or nowhere", answer.status)
 
     def _failure(self, answer: Answer) -> Exception:
         if 200 <= answer.status < 300:
@@ -560,6 +598,7 @@ def _scene(item: Mapping[str, Any], sensor: Sensor) -> dict[str, Any]:
     projection = {**properties, **(assets.get(keys[0]) or {})}
     code = projection.get("proj:code") or f"EPSG:{projection.get('proj:epsg')}"
     affine, size = _grid_of(projection)
+    cloud = properties.get(sensor.cloud_property or "")
     return scene_record(
         str(item.get("id") or ""),
         _time(properties.get("datetime") or properties.get("start_datetime")),
@@ -568,8 +607,12 @@ def _scene(item: Mapping[str, Any], sensor: Sensor) -> dict[str, Any]:
         affine,
         size,
         item.get("geometry"),
-        {name: value for name, value in properties.items() if name == sensor.cloud_property},
+        {sensor.cloud_property: cloud} if sensor.cloud_property and _is_number(cloud) else {},
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _grid_of(
@@ -590,8 +633,9 @@ def _grid_of(
 
 def _time(text: Any) -> datetime | None:
     try:
-        return datetime.fromisoformat(str(text)).astimezone(UTC)
-    except ValueError:
+        time = datetime.fromisoformat(str(text))
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
 
 
@@ -618,11 +662,14 @@ def _shifted(chip: NDArray[Any], item: Mapping[str, Any], sensor: Sensor) -> NDA
         return chip
     try:
         is_shifted = float(baseline or 0.0) >= _SHIFTED_BASELINE
-    except ValueError:
+    except (TypeError, ValueError):
         is_shifted = False
     if not is_shifted:
         return chip
-    reflectance = [name != sensor.mask_band for name in sensor.requested_bands]
+    reflectance = [
+        name != sensor.mask_band and _asset_of(name)[0].lower() not in _UNSHIFTED
+        for name in sensor.requested_bands
+    ]
     values = chip[..., reflectance]
     is_valid = (values != 0) & np.isfinite(values)
     moved = np.maximum(np.where(is_valid, values, 0).astype(np.int64) + sensor.offset, 1)

@@ -119,7 +119,7 @@ class Api:
                 if touches and start <= moment and (end == ".." or moment <= end):
                     found.append(item)
         for field, rule in wanted.get("query", {}).items():
-            found = [item for item in found if item["properties"].get(field, 1e9) < rule["lt"]]
+            found = [item for item in found if _below(item["properties"].get(field), rule["lt"])]
         first, links = wanted.get("token", 0), []
         if first + 2 < len(found):
             body = wanted | {"token": first + 2}
@@ -185,6 +185,10 @@ class Api:
         properties = {"datetime": time, "eo:cloud_cover": cloud, "proj:code": "EPSG:32619", **more}
         self.add("sentinel-2-l2a", name, assets, next(iter(files.values())), **properties)
         return files
+
+
+def _below(value: Any, limit: float) -> bool:
+    return isinstance(value, str) or (value is not None and value < limit)
 
 
 def cog(
@@ -278,13 +282,15 @@ def test_clouds_and_grids_of_sentinel2(api: Api, conforms: list[str]) -> None:
     api.add_sentinel2("shapeless", "2021-07-16T15:30:00Z", 0.0)
     api.items["sentinel-2-l2a"]["shapeless"]["assets"]["B04"]["proj:shape"] = ["wide", None]
     api.add_sentinel2("timeless", "yesterday", 0.0)
+    api.add_sentinel2("wordy", "2021-07-16T15:30:00Z", 0.0)
+    api.items["sentinel-2-l2a"]["wordy"]["properties"]["eo:cloud_cover"] = "none at all"
     api.add_sentinel2("colourless", "2021-07-16T15:30:00Z", 0.0, keys="B04 SCL")
     (row,) = rows(client(api), SENTINEL2).values()
     assert (row["scene_id"], row["cloud_pct"], row["crs"]) == ("clear", 0.25, "EPSG:32619")
     assert (row["x_min_m"], row["y_min_m"], row["x_max_m"], row["y_max_m"]) == (X0, Y0 - 1500, X0 + 1500, Y0)
     assert ("query" in api.bodies[0], "fields" in api.bodies[0]) == (bool(conforms), bool(conforms))
     by_chip = replace(SENTINEL2, cloud_rule="chip")
-    assert sorted(rows(client(api), by_chip)) == ["clear", "cloudy", "unknown"]
+    assert sorted(rows(client(api), by_chip)) == ["clear", "cloudy", "unknown", "wordy"]
     assert sorted(rows(client(api), replace(by_chip, max_scene_cloud_pct=60.0))) == ["clear", "cloudy"]
 
 
@@ -349,8 +355,10 @@ def test_only_the_ranges_below_a_chip_are_read(api: Api) -> None:
 
 def test_sentinel2_bands_are_shifted_as_their_baseline_says(api: Api) -> None:
     grid = Grid(32619, X0 + 100, Y0 - 500, 10.0, 64, 64)
-    by_chip = replace(EARTH_SEARCH, cloud_rule="chip", raw_bands=("nir",), bands=("red", "green", "blue"))
-    keys = "red green blue nir scl"
+    by_chip = replace(
+        EARTH_SEARCH, cloud_rule="chip", raw_bands=("nir", "aot"), bands=("red", "green", "blue")
+    )
+    keys = "red green blue nir aot scl"
     cases = {
         "old": ({"s2:processing_baseline": "02.14"}, False),
         "new": ({"s2:processing_baseline": "05.09"}, True),
@@ -361,7 +369,7 @@ def test_sentinel2_bands_are_shifted_as_their_baseline_says(api: Api) -> None:
     for name, (properties, is_shifted) in cases.items():
         files = api.add_sentinel2(name, "2022-07-01T15:30:00Z", 50.0, keys, **properties)
         got = client(api).get_chip(by_chip, name, grid)
-        expected = by_rasterio([(files[key], 1) for key in ("red", "green", "blue", "nir", "scl")], grid)
+        expected = by_rasterio([(files[key], 1) for key in keys.split()], grid)
         assert got.dtype == np.uint16
         if is_shifted:
             values = expected[..., :4].astype(int)
@@ -388,6 +396,68 @@ def test_links_are_signed_with_the_collections_token(api: Api) -> None:
         np.testing.assert_array_equal(stac.get_chip(signed, "m_1", grid), expected)
     assert len(api.tokens) == 1
     assert "sig=" not in repr(stac)
+
+
+def test_a_token_that_is_refused_is_renewed_once(api: Api) -> None:
+    """The service's clock may be ahead of ours, and the Planetary Computer has handed out tokens that never held."""
+    file = api.add_naip("m_1", "2021-07-01T16:00:00Z")
+    signed = replace(NAIP, token_url=f"{api.url}/token")
+    stac, grid = client(api), Grid(26919, X0 + 200, Y0 - 100, 1.0, 64, 64)
+    revoked = {"sig=0"}
+    api.spoil = lambda request: Response(status_code=403) if request.url.query in revoked else None
+    expected = by_rasterio([(file, 1), (file, 2), (file, 3)], grid)
+    np.testing.assert_array_equal(stac.get_chip(signed, "m_1", grid), expected)
+    assert len(api.tokens) == 2
+    revoked |= {f"sig={number}" for number in range(100)}
+    with pytest.raises(ItemError) as caught:
+        stac.get_chip(signed, "m_1", Grid(26919, X0 + 800, Y0 - 600, 1.0, 64, 64))
+    assert (caught.value.reason, caught.value.is_permanent, len(api.tokens)) == ("forbidden", False, 3)
+    api.items["naip"]["m_1"]["assets"]["image"]["href"] = "s3://bucket/m_1.tif"
+    with pytest.raises(ItemError, match=r"'s3://bucket/m_1\.tif' is no http"):
+        client(api).get_chip(signed, "m_1", grid)
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_wrong_token_url_condemns_no_chip(api: Api, status: int) -> None:
+    api.add_naip("m_1", "2021-07-01T16:00:00Z")
+    api.spoil = lambda request: Response(status_code=status) if "/token/" in request.url.path else None
+    with pytest.raises(SettingsError, match=f"HTTP {status}.*token_url"):
+        client(api).get_chip(
+            replace(NAIP, token_url=f"{api.url}/token"), "m_1", Grid(26919, X0 + 200, Y0 - 100, 1.0, 64, 64)
+        )
+
+
+def test_one_forbidden_file_is_an_error_of_its_chip(api: Api) -> None:
+    """S3 says 403 of a file that is not there, to whom may not list the bucket."""
+    for name in ("m_1", "m_2"):
+        api.add_naip(name, "2021-07-01T16:00:00Z")
+    stac, grid = client(api), Grid(26919, X0 + 200, Y0 - 100, 1.0, 64, 64)
+    api.spoil = lambda request: Response(status_code=403) if "/files/m_2" in request.url.path else None
+    with pytest.raises(SettingsError, match="token_url"):
+        stac.get_chip(NAIP, "m_2", grid)
+    stac.get_chip(NAIP, "m_1", grid)
+    with pytest.raises(ItemError, match=r"m_2.*HTTP 403") as caught:
+        stac.get_chip(NAIP, "m_2", grid)
+    assert (caught.value.reason, caught.value.is_permanent) == ("forbidden", False)
+
+
+def test_redirects_are_followed(api: Api) -> None:
+    """Of a landing page without its slash, of a search, of files that lie elsewhere."""
+    file = api.add_naip("m_1", "2021-07-01T16:00:00Z")
+
+    def moved(request: Request) -> Response | None:
+        if "moved" in request.url.query:
+            return None
+        return Response(status_code=307, headers={"location": f"{request.url.path}?moved"})
+
+    api.spoil = moved
+    stac, grid = client(api), Grid(26919, X0 + 200, Y0 - 100, 1.0, 64, 64)
+    assert sorted(rows(stac, NAIP)) == ["m_1"]
+    expected = by_rasterio([(file, 1), (file, 2), (file, 3)], grid)
+    np.testing.assert_array_equal(stac.get_chip(NAIP, "m_1", grid), expected)
+    api.spoil = lambda request: Response(status_code=302, headers={"location": request.url.path})
+    with pytest.raises(InputError, match="redirected for ever"):
+        client(api).list_scenes(NAIP, BOX)
 
 
 def test_passing_trouble_changes_no_pixel(api: Api) -> None:
