@@ -201,6 +201,11 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def _literal(text: str) -> str:
+    """Words of others, in which dollars are no signs of formulas to Matplotlib."""
+    return text.replace("$", r"\$")
+
+
 def _png(figure: Any) -> bytes:
     drawn, buffer = io.BytesIO(), io.BytesIO()
     # No Software/Date entries: the same figure gives the same bytes.
@@ -356,7 +361,7 @@ def cell_maps(
     corners = np.concatenate([np.zeros((0, 2)), *outlines])
     for number, (heading, values) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.set_title(heading, fontsize=8)
+        axes.set_title(_literal(heading), fontsize=8)
         axes.set(xticks=[], yticks=[], facecolor="#f1f1ee")
         if len(outlines):
             cells = PolyCollection(outlines, cmap="Blues", edgecolors="face", linewidths=0.2)
@@ -367,7 +372,7 @@ def cell_maps(
             axes.set(xlim=(corners[:, 0].min(), corners[:, 0].max()))
             axes.set(ylim=(corners[:, 1].min(), corners[:, 1].max()))
             axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(corners[:, 1].mean())))))
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_literal(title), fontsize=10)
     return _png(figure)
 
 
@@ -477,7 +482,9 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, title: str, ylabel: str) 
     for number, contender in enumerate(contenders):
         heights = [groups[metric].get(contender, 0.0) for metric in groups]
         positions = np.arange(len(groups)) + number * width
-        drawn = axes.bar(positions, heights, width, label=contender, color=colours[number % len(colours)])
+        drawn = axes.bar(
+            positions, heights, width, label=_literal(contender), color=colours[number % len(colours)]
+        )
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
     axes.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, list(groups))
     axes.set(title=title, ylabel=ylabel)
@@ -511,8 +518,9 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], *, title: str) -> byte
     figure, axes = _figure(5.0, 4.6)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Greens", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    names = [_literal(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
     for (row, column), share in np.ndenumerate(shares):
         if share >= 0.05:
             axes.text(
@@ -524,7 +532,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], *, title: str) -> byte
                 fontsize=6,
                 color="white" if share > 0.6 else "black",
             )
-    axes.set(title=title, xlabel="predicted (numbers in %)", ylabel="truth")
+    axes.set(title=_literal(title), xlabel="predicted (numbers in %)", ylabel="truth")
     return _png(figure)
 
 

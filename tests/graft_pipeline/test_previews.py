@@ -71,6 +71,17 @@ def test_plots_are_pictures_and_the_same_twice() -> None:
         assert call() == first
 
 
+def test_words_of_others_are_no_formulas() -> None:
+    words, square = '$\\frac$ "<b>" é', np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    for picture in (
+        previews.cell_maps([square], [(words, np.ones(1))], title=words),
+        previews.bars({"accuracy": {words: 0.8}}, title="t", ylabel="score"),
+        previews.confusion(np.eye(2, dtype=int), [words, "a"], title=words),
+        previews.contact_sheet([np.zeros((8, 8, 3), np.uint8)], [words]),
+    ):
+        assert opened(picture).width > 100
+
+
 def test_pictures_of_one_event_are_made_to_fit_together() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 255, (112, 112, 3), dtype=np.uint8) for _ in range(24)]
