@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
@@ -122,6 +123,9 @@ def _geometry(text: str) -> BaseGeometry:
             geometry = shapely.from_wkt(text)
     except (
         ValueError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
         SyntaxError,
         LookupError,
         TypeError,
@@ -131,6 +135,8 @@ def _geometry(text: str) -> BaseGeometry:
         raise QueryError(f"Invalid geometry in intersects(): {text[:80]!r}.") from error
     if geometry is None or geometry.is_empty:
         raise QueryError("Invalid geometry in intersects(): it is empty.")
+    if not np.isfinite(shapely.get_coordinates(geometry)).all():
+        raise QueryError("Invalid geometry in intersects(): a coordinate is not finite.")
     return geometry if geometry.is_valid else shapely.make_valid(geometry)
 
 
@@ -177,7 +183,10 @@ def parse_mask(text: str) -> Mask:
                 position += 1
         return mask
 
-    mask = fields()
+    try:
+        mask = fields()
+    except RecursionError as error:
+        raise QueryError(f"Invalid field selection {text[:80]!r}: too deep.") from error
     if position < len(tokens):
         raise QueryError(f"Invalid field selection {text!r}.")
     return {} if "*" in mask else mask

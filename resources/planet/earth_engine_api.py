@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
+from pyproj.exceptions import ProjError
 
 # Here, not where it is used: threads that load rasterio together parse codes before it has found PROJ's data.
 from rasterio.crs import CRS
@@ -23,9 +25,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from graft_pipeline import geotiff
+from graft_pipeline.geometry import transformer
 from resources.planet.asset_query import QueryError, apply_mask, parse_filter, parse_mask
 from resources.planet.catalog import Band, Catalog, Scene
-from resources.planet.pixels import PixelGrid, read_pixels
+from resources.planet.pixels import PixelGrid, read_pixels, wgs84_twin
 from resources.planet.world import World
 
 #: A project of this name lets tests meet Google's refusal.
@@ -93,7 +96,10 @@ class EarthEngineApi:
             self._check_project(request, name)
             resource, _, verb = name.partition(":")
             if request.headers.get("x-http-method-override") == "GET":
-                method, query = "GET", parse_qs(request.state.body.decode(), keep_blank_values=True)
+                method, query = (
+                    "GET",
+                    parse_qs(request.state.body.decode("utf-8", "replace"), keep_blank_values=True),
+                )
             else:
                 method, query = request.method, parse_qs(request.url.query, keep_blank_values=True)
             if method == "GET" and verb == "listAssets":
@@ -192,7 +198,7 @@ class EarthEngineApi:
     def _get_pixels(self, asset_id: str, body: bytes) -> Response:
         try:
             wanted = json.loads(body or b"{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiError(HTTPStatus.BAD_REQUEST, "Invalid JSON payload received.") from error
         if not isinstance(wanted, dict):
             raise ApiError(HTTPStatus.BAD_REQUEST, "Invalid JSON payload received.")
@@ -202,12 +208,14 @@ class EarthEngineApi:
         file_format = wanted.get("fileFormat") or "PNG"
         if file_format == "AUTO_JPEG_PNG":
             file_format = "PNG"
-        if file_format not in _MEDIA:
+        if not isinstance(file_format, str) or file_format not in _MEDIA:
             raise ApiError(HTTPStatus.BAD_REQUEST, f"Invalid value for fileFormat: {file_format!r}.")
         _check_size(grid, bands)
         try:
             _crs(grid.crs)
-        except CRSError as error:
+            transformer(wgs84_twin(grid.crs), wgs84_twin(scene.crs))
+        except (CRSError, ProjError) as error:
+            # The latter where nothing leads from one to the other: plans of a site, other planets.
             raise ApiError(
                 HTTPStatus.BAD_REQUEST, f"The CRS of a map projection could not be parsed: {grid.crs!r}."
             ) from error
@@ -230,7 +238,7 @@ def _offset(token: str) -> int:
         return 0
     try:
         prefix, _, number = base64.urlsafe_b64decode(token).decode().partition(":")
-        if prefix != "planet":
+        if prefix != "planet" or not number.isdigit():
             raise ValueError(token)
         return int(number)
     except (ValueError, binascii.Error) as error:
@@ -274,7 +282,7 @@ def _grid(scene: Scene, wanted: Mapping[str, Any]) -> PixelGrid:
         ]
         crs = grid.get("crsCode") or grid.get("crsWkt") or scene.crs
         width, height = int(grid["dimensions"]["width"]), int(grid["dimensions"]["height"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ApiError(
             HTTPStatus.BAD_REQUEST, "Invalid grid: give dimensions, affineTransform and crsCode."
         ) from error
@@ -303,15 +311,15 @@ def _check_size(grid: PixelGrid, bands: list[Band]) -> None:
 
 def _visualised(pixels: list[np.ndarray], options: Any) -> list[np.ndarray]:
     """Bands stretched from `ranges` to 8 bits; unchanged when no ranges are given."""
-    if not options or not options.get("ranges"):
-        return pixels
     try:
+        if not options or not options.get("ranges"):
+            return pixels
         ranges = [(float(item.get("min", 0)), float(item["max"])) for item in options["ranges"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, "Invalid visualizationOptions.ranges.") from error
     if len(ranges) == 1:
         ranges *= len(pixels)
-    if len(ranges) != len(pixels) or any(low >= high for low, high in ranges):
+    if len(ranges) != len(pixels) or not all(-math.inf < low < high < math.inf for low, high in ranges):
         raise ApiError(
             HTTPStatus.BAD_REQUEST, "visualizationOptions.ranges must be one range, or one per band."
         )

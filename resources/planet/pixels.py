@@ -83,7 +83,7 @@ def _cut(world: World, scene: Scene, bands: list[Band], grid: PixelGrid) -> np.n
     """(bands, height, width) of bands that share a native grid."""
     source, target = wgs84_twin(scene.crs), wgs84_twin(grid.crs)
     native = bands[0]
-    gsd = native.gsd_m * 2 ** _overview(native.gsd_m, target, grid)
+    gsd = native.gsd_m * 2 ** _overview(native, target, grid)
     width = math.ceil(native.width_px * native.gsd_m / gsd)
     height = math.ceil(native.height_px * native.gsd_m / gsd)
     scale_x, shear_x, x0, shear_y, scale_y, y0 = grid.affine
@@ -129,12 +129,14 @@ def _cut(world: World, scene: Scene, bands: list[Band], grid: PixelGrid) -> np.n
     return out
 
 
-def _overview(gsd_m: float, crs: str, grid: PixelGrid) -> int:
+def _overview(band: Band, crs: str, grid: PixelGrid) -> int:
     """How often the pixel size is doubled: the requested pixel size alone decides, so every window agrees."""
     scale = min(math.hypot(grid.affine[0], grid.affine[3]), math.hypot(grid.affine[1], grid.affine[4]))
     if transformer("EPSG:4326", crs).target_crs.is_geographic:
         scale *= _METRES_PER_DEGREE
-    return max(0, math.floor(math.log2(scale / gsd_m) + 1e-9)) if scale > 0 else 0
+    # The last overview is one pixel high or wide.
+    ratio = min(scale / band.gsd_m, band.width_px, band.height_px)
+    return max(0, math.floor(math.log2(ratio) + 1e-9)) if ratio > 0 else 0
 
 
 def _index(position: np.ndarray, size: int) -> np.ndarray:

@@ -16,6 +16,8 @@ from resources.planet.ground import is_outdoor
 from resources.planet.world import World
 
 MAX_PIXELS = 50_331_648
+#: All that lies on the ground is looked at, however few the pixels.
+MAX_SIDE_M = 500_000.0
 MAX_PHOTOS = 10_000
 
 
@@ -45,10 +47,12 @@ class TruthApi:
                 width_px=int(query["width_px"]),
                 height_px=int(query["height_px"]),
             )
-            if grid.gsd_m <= 0 or min(grid.width_px, grid.height_px) < 1:
+            if not grid.gsd_m > 0 or min(grid.width_px, grid.height_px) < 1:
                 raise ValueError("sizes must be positive")
             if grid.width_px * grid.height_px > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS} pixels")
+            if grid.gsd_m * max(grid.width_px, grid.height_px) > MAX_SIDE_M:
+                raise ValueError(f"a side of more than {MAX_SIDE_M / 1000:.0f} km")
             cover = self._world.land_cover(grid)
         except (KeyError, ValueError, InputError) as error:
             return PlainTextResponse(
@@ -66,7 +70,7 @@ class TruthApi:
                 raise ValueError("ids must be strings")
             if len(ids) > MAX_PHOTOS:
                 raise ValueError(f"more than {MAX_PHOTOS}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return PlainTextResponse(f"Not a list of photo ids: {error}. Send a JSON list of strings.", 400)
         photos = [self._world.photo(photo_id) for photo_id in ids]
         kinds = [None if photo is None else str(photo["kind"]) for photo in photos]

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from graft_pipeline.errors import InputError
 from graft_pipeline.geometry import Grid
 from resources.planet.frames import Axes, frame_of, from_plane, home_zone, is_at_home, middles, to_plane
 from resources.planet.ground import not_a_jpeg, photo_jpeg
@@ -66,14 +67,14 @@ class World:
             (H, W) uint8 indices into `classes`.
 
         Raises:
-            InputError: if the grid's CRS is no UTM zone.
+            InputError: if the grid's CRS is no UTM zone, or a pixel lies beyond the Earth.
         """
         zone, _ = frame_of(grid.epsg)
         x, y = middles(grid)
         if is_at_home(grid):
             land = self._land(zone)
             return _in_strips(lambda axes: land.cover(axes).classes, Axes(x, y, grid.gsd_m))
-        lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
+        lon, lat = _places(zone, x, y)
         return self.land_cover_at(lon, lat).reshape(grid.height_px, grid.width_px)
 
     def land_cover_at(self, lon_deg: ArrayLike, lat_deg: ArrayLike) -> NDArray[np.uint8]:
@@ -192,8 +193,7 @@ class World:
         self, grid: Grid, native_m: float, paint: Callable[[int, Axes], NDArray], out: NDArray
     ) -> None:
         zone, _ = frame_of(grid.epsg)
-        x, y = middles(grid)
-        lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
+        lon, lat = _places(zone, *middles(grid))
         zones = home_zone(lon)
         flat = out.reshape(len(out), -1)
         for home in np.unique(zones):
@@ -334,6 +334,16 @@ class World:
         if jpeg is None or photo is None:
             return None
         return not_a_jpeg(str(photo["flaw"]), jpeg)
+
+
+def _places(
+    zone: int, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Longitudes and latitudes of a grid's pixels, row by row."""
+    lon, lat = from_plane(zone, *(axis.ravel() for axis in np.meshgrid(x, y)))
+    if not np.isfinite(lon).all():
+        raise InputError("The grid reaches beyond the Earth: ask for pixels near its UTM zone.")
+    return lon, lat
 
 
 def _in_strips(paint: Callable[[Axes], NDArray], axes: Axes) -> NDArray:

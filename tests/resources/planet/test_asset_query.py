@@ -51,6 +51,8 @@ def test_nothing_is_filtered_by_nothing() -> None:
         'intersects("POINT EMPTY")',
         'intersects("here")',
         "intersects(5)",
+        'intersects("POINT (inf 42)")',
+        "intersects(\"{'type': 'Point', 'coordinates': [1e400, 42]}\")",
     ],
 )
 def test_what_earth_engine_would_refuse_is_refused(text: str) -> None:
@@ -81,7 +83,7 @@ def test_masks_keep_what_they_name() -> None:
     assert apply_mask(answer, parse_mask("assets/id")) == {"assets": [{"id": "a"}]}
 
 
-@pytest.mark.parametrize("text", ["assets(id", "assets)", "a//b", "a/"])
+@pytest.mark.parametrize("text", ["assets(id", "assets)", "a//b", "a/", "a(" * 2000])
 def test_broken_masks_are_refused(text: str) -> None:
     with pytest.raises(QueryError, match="Invalid"):
         parse_mask(text)

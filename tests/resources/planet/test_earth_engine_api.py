@@ -1,6 +1,7 @@
 """Earth Engine's protocol, spoken by the real earthengine-api client with a planet in its own process."""
 
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -390,6 +391,36 @@ def test_pixels_that_cannot_be_are_refused(ee: Any, change: dict[str, Any], mess
     }
     with pytest.raises(ee.EEException, match=message):
         ee.data.getPixels({**ask, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fileFormat": ["GEO_TIFF"]},
+        {"visualizationOptions": "ranges"},
+        {"visualizationOptions": {"ranges": [{"min": 0, "max": 10**400}]}},
+        {"visualizationOptions": {"ranges": [{"min": float("nan"), "max": 1}]}},
+        {"grid": grid("EPSG:26919", 0, 0, 10**400, 10)},
+        {"grid": grid("EPSG:26919", 0, 0, 1, float("inf"))},  # type: ignore[arg-type]
+        # Rasterio parses both; no way leads from there to a scene.
+        {"grid": grid("IAU_2015:30100", 0, 0, 1, 10)},
+        {"grid": grid('LOCAL_CS["site",UNIT["m",1]]', 0, 0, 1, 10)},
+        "[" * 100_000,
+    ],
+)
+def test_what_no_client_sends_is_refused_too(planet: Any, ee: Any, change: Any) -> None:
+    scene = naip_scene(ee)
+    ask = {"bandIds": ["R"], "fileFormat": "GEO_TIFF", "grid": grid("EPSG:26919", 0, 0, 1, 10)}
+    body = change if isinstance(change, str) else json.dumps(ask | change)
+    answer = requests.post(f"{planet.url}/v1/{scene['name']}:getPixels", data=body, timeout=30)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["status"] == "INVALID_ARGUMENT"
+
+
+def test_pixels_larger_than_a_scene_are_none_of_it(ee: Any) -> None:
+    scene = naip_scene(ee)
+    for scale in (1e9, 1e300):
+        assert not pixels(ee, scene, grid("EPSG:26919", 0, 0, scale, 2), ["R"]).any()
 
 
 def test_an_unknown_image_is_not_found(planet: Any) -> None:

@@ -30,6 +30,10 @@ def test_the_truth_is_the_worlds_own(planet: Any) -> None:
         Grid(4326, 0, 0, 1.0, 10, 10),
         Grid(32619, 280_000, 4_660_000, 0.0, 10, 10),
         Grid(32619, 280_000, 4_660_000, 1.0, 100_000, 100_000),
+        Grid(32619, 280_000, 4_660_000, 50_001.0, 10, 10),
+        Grid(32619, 280_000, 4_660_000, float("nan"), 10, 10),
+        Grid(32619, 1e12, 4_660_000, 1.0, 10, 10),
+        Grid(32619, 280_000, float("inf"), 1.0, 10, 10),
     ],
 )
 def test_what_is_no_grid_is_refused(planet: Any, grid: Grid) -> None:
@@ -54,7 +58,7 @@ def test_photos_are_what_the_world_drew(planet: Any) -> None:
         truth.photos([str(photos["photo_id"][0]), "12345678901"])
 
 
-@pytest.mark.parametrize("body", ["{", "{}", "[1]", "x"])
+@pytest.mark.parametrize("body", ["{", "{}", "[1]", "x", "[" * 100_000])
 def test_what_is_no_list_of_photos_is_refused(planet: Any, body: str) -> None:
     answer = requests.post(f"{planet.url}/truth/photos", data=body, timeout=30)
     assert answer.status_code == 400
