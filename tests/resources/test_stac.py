@@ -482,7 +482,7 @@ def test_passing_trouble_changes_no_pixel(api: Api) -> None:
             ][turn // 3 % 5]
         return Response(status_code=503) if turn % 6 == 2 else None
 
-    stac = client(api, attempts=8)
+    stac = client(api, attempts=40)
     grids = [Grid(26919, X0 + 40 * column, Y0 - 100, 1.0, 64, 64) for column in range(20)]
     wanted = [by_rasterio([(file, 1), (file, 2), (file, 3)], grid) for grid in grids]
     api.spoil = spoil
