@@ -49,6 +49,20 @@ def make_planet() -> Iterator[Callable[..., Any]]:
         yield lambda **options: stack.enter_context(PlanetServer(**options))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MB; skips where this user may mount none."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, capture_output=True)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real NAIP pixels and US states; skips where it is absent."""

@@ -3,6 +3,8 @@
 How crops are cut is in augment.py; how a training set is put together, in graft_pipeline/training_sets.py.
 """
 
+import errno
+import io
 import logging
 import math
 import os
@@ -251,7 +253,8 @@ class ChipCache:
     """Decoded chips of a split in one sparse file, which all processes of a machine fill and read.
 
     Inflating is most of what a chip costs, and a later epoch shows the same chips again. Each chip has a checksum,
-    written after it: one that a dying machine left half written is decoded again.
+    written after it: one that a dying machine left half written is decoded again. A disk that is full keeps what
+    it has; the other chips are decoded each time.
     """
 
     def __init__(self, folder: Path, tiles: Tiles, side_px: int) -> None:
@@ -264,15 +267,21 @@ class ChipCache:
         """
         name = fingerprint(tiles.tile_id, tiles.shard, tiles.offset, tiles.size_bytes, side_px)
         folder.mkdir(parents=True, exist_ok=True)
-        self._chips = self._open(folder / f"{name}.chips", np.uint8, (len(tiles), side_px, side_px, 3))
-        self._checksums = self._open(folder / f"{name}.checksums", np.uint32, (len(tiles),))
+        self._folder, self._is_full = folder, False
+        self._chips_file, self._chips = self._open(
+            folder / f"{name}.chips", np.uint8, (len(tiles), side_px, side_px, 3)
+        )
+        self._checksums_file, self._checksums = self._open(
+            folder / f"{name}.checksums", np.uint32, (len(tiles),)
+        )
 
     @staticmethod
-    def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
+    def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[io.FileIO, NDArray[Any]]:
         # Growing an empty file takes no space; another process that does the same does no harm.
         with path.open("ab") as file:
             file.truncate(max(1, math.prod(shape)) * np.dtype(dtype).itemsize)
-        return np.memmap(path, dtype, mode="r+", shape=shape)
+        # Read through memory, written through the file: a full disk is an error there, and a dead process here.
+        return path.open("r+b", buffering=0), np.memmap(path, dtype, mode="r", shape=shape)
 
     def get(self, tile: int, out: NDArray[np.uint8]) -> bool:
         """Copy a chip, if it is there.
@@ -291,14 +300,26 @@ class ChipCache:
         return _checksum(out) == expected
 
     def put(self, tile: int, chip: NDArray[np.uint8]) -> None:
-        """Keep a chip.
+        """Keep a chip, if the disk has space for it.
 
         Args:
             tile: its number.
             chip: (side_px, side_px, 3) uint8.
         """
-        self._chips[tile] = chip
-        self._checksums[tile] = _checksum(chip)
+        if self._is_full:
+            return
+        checksum = np.uint32(_checksum(chip)).tobytes()
+        try:
+            written = os.pwrite(self._chips_file.fileno(), chip, int(tile) * chip.nbytes)
+            if written == chip.nbytes:
+                os.pwrite(self._checksums_file.fileno(), checksum, int(tile) * len(checksum))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._is_full = True
+            logger.warning(
+                "chip_cache %s is full: the chips that it lacks are decoded each time", self._folder
+            )
 
 
 def _checksum(chip: NDArray[np.uint8]) -> int:

@@ -1,7 +1,7 @@
 """What a data engineer gets wrong, as Dagster shows it: a message that says what to do, and no half-written file."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,6 @@ from resources.earth_engine import EarthEngine
 Deploy = Callable[..., Any]
 REGION = "N42.00W071.50"
 SMALL = (-71.45, 42.05, -71.35, 42.15)
-DISK_KB = 16_384
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB; skips where this user may mount none."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KB}k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, capture_output=True)
 
 
 def failure_of(result: dg.ExecuteInProcessResult) -> str:

@@ -258,3 +258,18 @@ def test_decoded_chips_are_kept_and_damaged_ones_decoded_again(data, tmp_path):
     chips_of(data, tiles, **options, side_px=64).take(np.arange(2))
     chips_of(data, first_tiles(tiles, 5, seed=0), **options).take(np.arange(5))
     assert len(list(tmp_path.glob("*.chips"))) == 3
+
+
+def test_a_cache_on_a_full_disk_keeps_what_it_has(data, small_disk, caplog):
+    tiles = data.split("train")
+    chosen = np.arange(len(tiles))
+    expected = chips_of(data, tiles).take(chosen)
+    (small_disk / "ballast").write_bytes(bytes(16 * 2**20 - 40_000))
+    for _ in range(2):
+        cached = chips_of(data, tiles, memory_bytes=0, cache_folder=small_disk, threads=1)
+        np.testing.assert_array_equal(cached.take(chosen), expected)
+    assert "the chips that it lacks are decoded each time" in caplog.text
+    (kept,) = small_disk.glob("*.chips")
+    held = np.fromfile(kept, np.uint8).reshape(-1, *expected.shape[1:])
+    assert (held[0] == expected[0]).all()
+    assert not (held == expected).all()
