@@ -167,8 +167,9 @@ class ImageryFolder:
         return chip_or_item_error(scene_id, attempt, self._retries, breaker=None, unreachable=None)
 
     def _folder(self, sensor: Sensor) -> Path:
-        folder = (self._root / sensor.collection).resolve()
-        if not folder.is_relative_to(self._root.resolve()) or not folder.is_dir():
+        # By its name: the folder may be a link to another disk.
+        folder = Path(os.path.normpath(self._root / sensor.collection))
+        if not folder.is_relative_to(os.path.normpath(self._root)) or not folder.is_dir():
             raise InputError(
                 f"There is no folder {sensor.collection!r} in {self._root}: correct the collection of the sensor "
                 f"{sensor.name}, or GRAFT_IMAGERY_FOLDER."
@@ -217,7 +218,8 @@ def scan(folder: Path, sensor: Sensor) -> pa.Table:
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS):
         name = path.relative_to(folder).as_posix()
         said = described.get(name) or _item_beside(path, sensor)
-        stat = path.stat()
+        # A link may lead to a disk that is not there.
+        stat = path.stat() if path.exists() else path.lstat()
         signature = fingerprint(
             stat.st_size, stat.st_mtime_ns, said, sensor.collection, sensor.cloud_property
         )

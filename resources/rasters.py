@@ -3,6 +3,7 @@
 Where files come from is in stac.py, imagery_folder.py and planet/mounts.py.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def read_header(path: Path) -> Header:
         raise InputError(
             f"{path} has no CRS with an EPSG code: reproject it, for example with gdalwarp -t_srs EPSG:..."
         )
-    if affine.b or affine.d or affine.a <= 0 or affine.a != -affine.e:
+    # Sides that were divided out of bounds differ by rounding.
+    if affine.b or affine.d or affine.a <= 0 or not math.isclose(affine.a, -affine.e, rel_tol=1e-6):
         raise InputError(f"{path} is not a north-up grid of square pixels: reproject it with gdalwarp.")
     if len(set(dtypes)) > 1 or dtypes[0] not in _DTYPES:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import rasterio.transform
 import shapely
 from rasterio.warp import Resampling, reproject
 
@@ -21,7 +23,7 @@ from graft_pipeline.imagery import Sensor
 from graft_pipeline.scenes import scene_rows
 from graft_pipeline.settings import Settings
 from resources.imagery import open_imagery
-from resources.imagery_folder import ImageryFolder
+from resources.imagery_folder import ImageryFolder, scan
 
 SENSOR = Sensor(name="air", collection="air", bands=("R", "G", "B"), gsd_m=2.0, chip_px=64, crop_px=32)
 X0, Y0 = 482_003.0, 4_660_007.0
@@ -304,3 +306,27 @@ def test_what_is_not_usable_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "air" / "a_2019.json").write_text("{}")
     with pytest.raises(InputError, match=r"a_2019\.json"):
         ImageryFolder(tmp_path).list_scenes(SENSOR, BOX)
+
+
+def test_links_lead_to_other_disks_or_nowhere(tmp_path: Path) -> None:
+    write(tmp_path / "disk" / "town_2019.tif")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "air").symlink_to(tmp_path / "disk")
+    (root / "air" / "gone_2019.tif").symlink_to(tmp_path / "unmounted" / "gone_2019.tif")
+    assert set(listed(root)) == {"air/town_2019"}
+    table = scan(root / "air", SENSOR).to_pydict()
+    assert dict(zip(table["file"], table["status"], strict=True)) == {
+        "town_2019.tif": "ok", "gone_2019.tif": "rejected",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="no folder"):
+        listed(root, replace(SENSOR, collection="../disk"))
+
+
+def test_a_pixel_is_square_but_for_rounding(tmp_path: Path) -> None:
+    west, north = 482_001.6, 4_660_006.8
+    fitted = rasterio.transform.from_bounds(west, north - 0.6 * 200, west + 0.6 * 301, north, 301, 200)
+    assert fitted.a != -fitted.e
+    write(tmp_path / "air" / "fitted_2019.tif", transform=fitted, width=301)
+    write(tmp_path / "air" / "oblong_2019.tif", transform=rasterio.Affine(2, 0, X0, 0, -2.001, Y0))
+    assert set(listed(tmp_path)) == {"air/fitted_2019"}
