@@ -19,7 +19,14 @@ from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
 from assets.reporting import OWNERS
 from graft_pipeline import areas, incremental
 from graft_pipeline.incremental import Budget, Choice
-from graft_pipeline.instance import data_versions, failed_checks, last_made, latest, region_states
+from graft_pipeline.instance import (
+    data_versions,
+    failed_checks,
+    failed_in_regions,
+    last_made,
+    latest,
+    region_states,
+)
 from graft_pipeline.provenance import fingerprint
 from graft_pipeline.schemas import REGIONS
 from graft_pipeline.settings import Settings
@@ -32,6 +39,8 @@ PER_REGION = ("scenes", "tiles", "chips", "pairs")
 LEARNING = ("training_set", "image_encoder", "pixel_encoder")
 SCORES = ("benchmark", "zero_shot_scores", "segmentation_scores", "questions", "question_scores")
 
+#: Failed checks that a tick names.
+MOST_SHOWN = 5
 #: Runs that nobody waits for let those that somebody started go first.
 IN_BACKGROUND = {PRIORITY_TAG: "-1"}
 #: All but training takes minutes. What has been at it for so long has died with its code server, and makes way in the
@@ -293,6 +302,9 @@ def _due_for_learning(
     made_at, made = latest(instance, training_set)
     reason = incremental.why_not_now(inputs, requested, made_at, now, interval)
     if reason is None:
+        if failed := failed_in_regions(instance, region_keys([sensor])):
+            shown = "; ".join([*failed[:MOST_SHOWN], *(["..."] if failed[MOST_SHOWN:] else [])])
+            return [], "", f"{shown}: correct the data and materialise it again"
         return [training_set], str(inputs), "pairs changed"
     if failed := failed_checks(instance, training_set):
         return [], "", f"training_set failed {', '.join(failed)}: correct the data and materialise it again"

@@ -3,6 +3,7 @@
 What follows from it is decided in incremental.py and carried out by the schedule and sensors of automation.py.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -167,6 +168,34 @@ def failed_checks(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
     found = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
     failed = AssetCheckExecutionRecordStatus.FAILED
     return sorted(check.name for check, record in found.items() if record.status == failed)
+
+
+def failed_in_regions(instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]) -> list[str]:
+    """Blocking checks that the latest data of regions failed, in words.
+
+    Args:
+        instance: the instance.
+        keys: assets that are partitioned by region.
+
+    Returns:
+        Such as `naip/tiles of N42W072 failed schema`.
+    """
+    storage, failed = instance.event_log_storage, AssetCheckExecutionRecordStatus.FAILED
+    # Few checks ever fail: only of those are all regions looked at.
+    doubtful = [
+        check
+        for key in keys
+        for name in sorted(rules.DESCRIPTIONS.keys() - rules.WARNINGS)
+        if storage.get_asset_check_execution_history(
+            check := dg.AssetCheckKey(key, name), limit=1, status={failed}
+        )
+    ]
+    return [
+        f"{info.check_key.asset_key.to_user_string()} of {info.partition_key} failed {info.check_key.name}"
+        for info in storage.get_asset_check_partition_info(doubtful)
+        if info.latest_execution_status == failed
+        and info.latest_check_event_storage_id > (info.latest_materialization_storage_id or math.inf)
+    ]
 
 
 def data_versions(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, str]:

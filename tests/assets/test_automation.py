@@ -218,6 +218,29 @@ def test_nothing_is_trained_on_a_training_set_that_failed_a_check(deploy: Deploy
     assert judge(passed=True) == ["image_encoder", "pixel_encoder"]
 
 
+def test_no_training_set_is_made_of_regions_whose_data_failed_a_check(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1e-9")
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    report(deployment, "naip/pairs", REGION)
+
+    def wanted_after(name: str, rule: str) -> dg.SensorResult:
+        report(deployment, name, REGION)
+        deployment.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                dg.AssetKey(name.split("/")), rule, passed=False, metadata={}, partition=REGION
+            )
+        )
+        return due(deployment, "train_on_change", None)
+
+    assert wanted_after("naip/chips", "failure_share").run_requests, "only warns"
+    found = wanted_after("naip/tiles", "center_spacing")
+    assert not found.run_requests
+    assert f"naip/tiles of {REGION} failed center_spacing" in str(found.skip_message)
+    report(deployment, "naip/tiles", REGION, "mended")
+    assert due(deployment, "train_on_change", None).run_requests
+    assert not wanted_after("ground_embeddings", "schema").run_requests
+
+
 def test_training_keeps_its_interval_and_starts_nothing_twice(deploy: Deploy) -> None:
     deployment = deploy(sensors=NAIP, training_min_interval_hours="1")
     deployment.instance.add_dynamic_partitions("region", [REGION])
