@@ -60,6 +60,13 @@ def test_one_command_gives_the_papers_table_with_ours_in_it(eurosat, toy_world, 
         "retrieved_first_toy.jpg",
         "retrieved_last_of_the_class_toy.jpg",
     }
+    # Evaluated anew with another model, nothing of the first one is left.
+    command += ["--contender", f"other=folder:{toy_world.foundation}"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "report" / "eurosat").iterdir())) == 3
+    assert "toy" not in (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "report.html").read_text().count("data:image/") == 3
 
 
 def test_every_dataset_of_the_papers_tables_can_be_evaluated(tmp_path):

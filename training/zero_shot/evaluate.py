@@ -93,13 +93,14 @@ def image_metrics(scores: Floats, labels: Bools, *, is_multi_label: bool) -> dic
         ranking of images by each class's score, `retrieval mAP`, `retrieval mAP@100` and `retrieval mAP@20` as
         `retrieve.mean_average_precision` defines them.
     """
+    whole = mean_average_precision(scores.T, labels.T)
     first = (
-        {"mAP": mean_average_precision(scores.T, labels.T)}
+        {"mAP": whole}
         if is_multi_label
         else {"accuracy": float(np.take_along_axis(labels, scores.argmax(axis=1)[:, None], axis=1).mean())}
     )
     return first | {
-        "retrieval mAP": mean_average_precision(scores.T, labels.T),
+        "retrieval mAP": whole,
         "retrieval mAP@100": mean_average_precision(scores.T, labels.T, 100),
         "retrieval mAP@20": mean_average_precision(scores.T, labels.T, 20),
     }

@@ -31,7 +31,7 @@ _RIGHT, _WRONG = (30, 150, 60), (210, 60, 50)
 
 
 def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | AnswerEvaluation) -> dict[str, bytes]:
-    """Write one evaluation: `DATASET.json`, and pictures in `DATASET/`.
+    """Write one evaluation in place of an earlier one: `DATASET.json`, and pictures in `DATASET/`.
 
     Args:
         folder: of the report.
@@ -68,9 +68,14 @@ def save_evaluation(folder: UPath, made: Evaluation | MaskEvaluation | AnswerEva
         },
         **facts,
     }
+    written = set()
     for name, picture in pictures.items():
         suffix = "jpg" if picture[:2] == b"\xff\xd8" else "png"
         write_bytes_atomic(folder / made.dataset / f"{name}.{suffix}", picture)
+        written.add(f"{name}.{suffix}")
+    # Those of models that are compared no more.
+    for file in [file for file in (folder / made.dataset).glob("*") if file.name not in written]:
+        file.unlink()
     # Last: an evaluation with its JSON is complete.
     write_bytes_atomic(folder / f"{made.dataset}.json", (json.dumps(content, indent=1) + "\n").encode())
     return pictures
