@@ -105,7 +105,7 @@ def label_tiles(
         OSM_LABELS rows, one for each tile, sorted by tile_id; without labels where nothing of the table lies.
 
     Raises:
-        InputError: if there is no feature of the table at all.
+        InputError: if there are tiles, but no feature of the table at all.
     """
     import shapely
 
@@ -119,7 +119,7 @@ def label_tiles(
             geometry = shapely.buffer(geometry, width_m / 2, cap_style="flat")
         names.append(feature.class_name)
         shapes.append(shapely.make_valid(geometry))
-    if not shapes:
+    if not shapes and tiles.num_rows:
         raise InputError(
             "The OpenStreetMap extract has no feature of the table there: give one of that area."
         )

@@ -111,6 +111,12 @@ def test_tiles_get_the_classes_that_cover_their_footprint(extract):
     assert made[1] == {"tile_id": "naip-1", "labels": [], "shares": [], "single_label": None}
 
 
+def test_a_region_without_tiles_needs_no_features():
+    assert label_tiles(tiles(), [], NAIP, EPSG).num_rows == 0
+    with pytest.raises(InputError, match="of that area"):
+        label_tiles(tiles((X, Y)), [], NAIP, EPSG)
+
+
 def test_features_beyond_the_bounds_are_left_out(extract):
     lon, lat = Projection(EPSG).inverse(np.array([WEST + 112]), np.array([NORTH - 112]))
     around = (float(lon[0]) - 0.01, float(lat[0]) - 0.01, float(lon[0]) + 0.01, float(lat[0]) + 0.01)
