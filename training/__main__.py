@@ -140,21 +140,28 @@ def with_fields(config: "TrainConfig", assignments: list[str]) -> "TrainConfig":
 def foundation(
     captions: Annotated[Path, typer.Argument(help="CSV with columns `file` (relative to it) and `caption`.")],
     output: Annotated[str, typer.Argument(help="open_clip folder to write.")],
-    steps: int = 200,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
 ) -> None:
     """Train a small CLIP from scratch on captioned photos."""
     from training.foundation import FoundationConfig, train_foundation
 
-    with captions.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"file", "caption"} <= set(rows[0]):
-        raise InputError(f"{captions} needs the columns `file` and `caption`.")
+    try:
+        # Spreadsheets put a byte order mark before the first column's name.
+        with captions.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{captions} cannot be read ({error}): give a CSV file in UTF-8.") from None
+    if not rows or not all(row.get("file") and row.get("caption") for row in rows):
+        raise InputError(f"{captions} needs the columns `file` and `caption`, and both in each row.")
     images = []
     for row in track(rows, description="Reading photos"):
-        with Image.open(captions.parent / row["file"]) as image:
-            images.append(np.asarray(image.convert("RGB")))
+        try:
+            with Image.open(captions.parent / row["file"]) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{row['file']} is no image ({error}): correct or leave out its row.") from None
     config = FoundationConfig(steps=steps, seed=seed)
     result = train_foundation(
         images, [row["caption"] for row in rows], UPath(output), config, threads=threads

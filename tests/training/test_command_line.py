@@ -111,6 +111,25 @@ def test_a_foundation_model_from_the_command_line(tmp_path, toy_captions):
     assert load_clip(f"local-dir:{folder}").image_px == 64
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read"),
+        ("file\na.png\n", "columns `file` and `caption`"),
+        ("file,caption\na.png\n", "both in each row"),
+        ("\ufefffile,caption\nabsent.png,a lake\n", "absent.png is no image"),
+        ("file,caption\nbroken.png,a lake\n", "broken.png is no image"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_named(content, says, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a photo")
+    if content is not None:
+        (tmp_path / "captions.csv").write_text(content, encoding="utf-8")
+    done = CliRunner().invoke(app, ["foundation", str(tmp_path / "captions.csv"), str(tmp_path / "model")])
+    assert isinstance(done.exception, InputError)
+    assert says in str(done.exception)
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_recipes_are_for_any_sensor_and_model(recipe):
     config = RECIPES[recipe].encoder("pixel", SENTINEL2, "local-dir:folder", None, seed=3)
