@@ -116,7 +116,7 @@ def _time(text: Any) -> datetime | None:
 
 
 def _footprint(geometry: Any) -> "BaseGeometry | None":
-    """The valid (multi)polygon of a GeoJSON geometry or a bare ring; None if there is none."""
+    """The valid (multi)polygon of a GeoJSON geometry or a bare ring, as of `_ground`; None if there is none."""
     import shapely
 
     if not isinstance(geometry, Mapping):
@@ -127,10 +127,42 @@ def _footprint(geometry: Any) -> "BaseGeometry | None":
             shape = shapely.Polygon(shape)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
         return None
-    if not shape.is_valid:
-        shape = shapely.make_valid(shape)
-    polygons = [part for part in shapely.get_parts(shape) if part.geom_type == "Polygon" and part.area > 0]
-    return shapely.union_all(polygons) if polygons else None
+    return _ground(shape)
+
+
+def _ground(shape: "BaseGeometry") -> "BaseGeometry | None":
+    """The polygons of a shape, valid, and cut in two where one crosses the antimeridian; None if there are none."""
+    import shapely
+
+    repaired = [shapely.make_valid(_unwrapped(polygon)) for polygon in _polygons(shape)]
+    polygons = [polygon for part in repaired for polygon in _polygons(part) if polygon.area > 0]
+    if not polygons:
+        return None
+    ground = shapely.union_all(polygons)
+    if ground.bounds[2] <= 180:
+        return ground
+    here = shapely.intersection(ground, shapely.box(-180, -90, 180, 90))
+    beyond = shapely.intersection(ground, shapely.box(180, -90, 540, 90))
+    return shapely.union_all([here, shapely.transform(beyond, lambda points: points - (360, 0))])
+
+
+def _polygons(shape: "BaseGeometry") -> "list[BaseGeometry]":
+    """The single polygons of a geometry; a collection may hold multipolygons."""
+    import shapely
+
+    return [part for part in shapely.get_parts(shapely.get_parts(shape)) if part.geom_type == "Polygon"]
+
+
+def _unwrapped(polygon: "BaseGeometry") -> "BaseGeometry":
+    """A polygon that crosses the antimeridian, its longitudes going on beyond 180; any other as it is."""
+    import shapely
+
+    if polygon.is_empty:
+        return polygon
+    turned = shapely.transform(polygon, lambda points: np.column_stack([points[:, 0] % 360, points[:, 1]]))
+    (west, _, east, _), (first, _, last, _) = polygon.bounds, turned.bounds
+    # From -179.9 to 179.9 is no scene around the world, unless nothing smaller comes of it.
+    return turned if west < -180 or (east - west > 180 and 0 < last - first < 180) else polygon
 
 
 def _rectangle(crs: str, x_min: float, y_min: float, x_max: float, y_max: float) -> "BaseGeometry":
@@ -142,7 +174,8 @@ def _rectangle(crs: str, x_min: float, y_min: float, x_max: float, y_max: float)
     )
     to_degrees = transformer(crs, "EPSG:4326")
     points = shapely.get_coordinates(outline)
-    return shapely.Polygon(np.column_stack(to_degrees.transform(points[:, 0], points[:, 1])))
+    ring = shapely.Polygon(np.column_stack(to_degrees.transform(points[:, 0], points[:, 1])))
+    return _ground(ring) or ring
 
 
 def candidates(

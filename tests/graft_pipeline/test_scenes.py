@@ -215,10 +215,55 @@ def test_without_a_footprint_the_pixel_grid_is_it(geometry: Any) -> None:
     assert (y.min(), y.max()) == pytest.approx((4_590_240, 4_700_040), abs=1)
 
 
+FIJI = [[179.2, -17.3], [-179.7, -17.3], [-179.7, -16.2], [179.2, -16.2], [179.2, -17.3]]
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"type": "LinearRing", "coordinates": FIJI},
+        {"type": "Polygon", "coordinates": [FIJI[::-1]]},
+        {"type": "Polygon", "coordinates": [[[lon % 360, lat] for lon, lat in FIJI]]},
+        {"type": "Polygon", "coordinates": [[[lon % 360 - 360, lat] for lon, lat in FIJI]]},
+        shapely.geometry.mapping(
+            shapely.union(shapely.box(179.2, -17.3, 180, -16.2), shapely.box(-180, -17.3, -179.7, -16.2))
+        ),
+        None,
+    ],
+)
+def test_a_scene_across_the_antimeridian_serves_both_sides(geometry: Any) -> None:
+    to_metres = transformer("EPSG:4326", "EPSG:32760")
+    x0, y0 = (float(value) for value in to_metres.transform(179.25, -16.25))
+    grid = {
+        "crsCode": "EPSG:32760",
+        "dimensions": {"width": 10980, "height": 10980},
+        "affineTransform": {"scaleX": 10, "scaleY": -10, "translateX": round(x0), "translateY": round(y0)},
+    }
+    bands = [{"id": band["id"], "grid": grid} for band in ASSET["bands"]]
+    found = scenes.scene_rows([ASSET | {"geometry": geometry, "bands": bands}], SENTINEL2)
+    footprint = shapely.from_wkb(found["footprint_wkb"][0].as_py())
+    assert footprint.is_valid
+    assert footprint.area == pytest.approx(1.1 * 1.1, rel=0.2)
+    for epsg, lon in ((32760, 179.9), (32701, -179.9)):
+        x, y = projection(epsg).forward(lon, -16.8)
+        chip = Grid.snapped(epsg, float(x), float(y), 10.0, 448)
+        assert scenes.candidates(chip, TIME, found, SENTINEL2).num_rows == 1
+
+
+def test_a_footprint_of_the_whole_world_stays_whole() -> None:
+    for world in (shapely.box(-180, -90, 180, 90), shapely.segmentize(shapely.box(-180, -60, 180, 60), 10)):
+        asset = ASSET | {"geometry": shapely.geometry.mapping(world)}
+        (row,) = scenes.scene_rows([asset], SENTINEL2).to_pylist()
+        assert shapely.from_wkb(row["footprint_wkb"]).equals(world)
+
+
 def test_rings_and_crossing_polygons_are_repaired() -> None:
     ring = {"type": "LinearRing", "coordinates": ASSET["geometry"]["coordinates"][0]}
     tie = {"type": "Polygon", "coordinates": [[[0, 0], [2, 2], [2, 0], [0, 2], [0, 0]]]}
-    for geometry, area in ((ring, 1), (tie, 2)):
+    spiked = {"type": "Polygon", "coordinates": [[[0, 0], [2, 2], [2, 0], [0, 2], [0, 0], [-1, 0], [0, 0]]]}
+    square = {"type": "MultiPolygon", "coordinates": [ASSET["geometry"]["coordinates"]]}
+    nested = {"type": "GeometryCollection", "geometries": [square, {"type": "Point", "coordinates": [0, 0]}]}
+    for geometry, area in ((ring, 1), (tie, 2), (spiked, 2), (nested, 1)):
         (row,) = scenes.scene_rows([ASSET | {"geometry": geometry}], SENTINEL2).to_pylist()
         footprint = shapely.from_wkb(row["footprint_wkb"])
         assert footprint.is_valid
