@@ -57,6 +57,8 @@ _TRANSIENT_CODES = frozenset({0, 10, 105, 106})
 _KEY_CODES = frozenset({95, 96, 97, 98, 99, 100})
 _CLIENT_CODES = frozenset({111, 112, 114, 115, 116})
 
+_CONTROLS = dict.fromkeys(range(32), " ")
+
 #: Loggers that may repeat a request's key or signature, at DEBUG or with an error page.
 _TALKATIVE_LOGGERS = (
     "flickrapi.auth.OAuthFlickrInterface",
@@ -484,8 +486,9 @@ class FlickrClient:
             raise TransientError("connection", f"the answer broke off ({error})") from None
         with self._lock:
             self.downloaded_bytes += len(content)
-        # Where requests keeps a body that was read. A byte in a title that is no UTF-8 must not cost the page.
-        response._content = content.decode("utf-8-sig", "replace").encode()
+        # Where requests keeps a body that was read. An odd character of one title must not cost the page: bytes that
+        # are no UTF-8, or controls that JSON allows in no text.
+        response._content = content.decode("utf-8-sig", "replace").translate(_CONTROLS).encode()
         response._content_consumed = True
         response.raw.release_conn()
 

@@ -3,6 +3,7 @@
 Which photos are fetched and where the images are stored is decided in graft_pipeline/ground_images.py.
 """
 
+import codecs
 import io
 import logging
 import re
@@ -389,6 +390,6 @@ def _unidentified(content: bytes) -> ItemError:
     starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8")
     if content.startswith(starts):
         return ItemError("truncated", "the header is cut", is_permanent=False)
-    if content.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<":
         return ItemError("not_an_image", f"HTML of {len(content)} bytes", is_permanent=False)
     return ItemError("not_an_image", f"unknown content of {len(content)} bytes", is_permanent=True)

@@ -185,7 +185,7 @@ def test_types_of_the_answer_are_coerced(scripted, reply, caplog):
 
 def test_an_odd_byte_or_mark_costs_no_page(scripted, reply):
     rows = page([{"id": "1", "title": "caf@"}, {"id": "2"}])
-    server = scripted(lambda request: reply(b"\xef\xbb\xbf" + rows.replace(b"@", b"\xe9")))
+    server = scripted(lambda request: reply(b"\xef\xbb\xbf" + rows.replace(b"@", b"\xe9\x03\n")))
     assert [row["id"] for row in search(client(server.url))] == ["1", "2"]
 
 

@@ -180,6 +180,8 @@ def test_animations_are_rejected(kind):
         (b"", "truncated", False),
         (b"<!DOCTYPE html><html>busy</html>", "not_an_image", False),
         (b"  <html>", "not_an_image", False),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "not_an_image", False),
+        (b"<script>location = 'https://portal.example/'</script>", "not_an_image", False),
         (b"%PDF-1.7 text", "not_an_image", True),
         (bytes(1000), "not_an_image", True),
         (b"\xff\xd8\xff", "truncated", False),
