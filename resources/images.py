@@ -51,6 +51,8 @@ MAX_REDIRECTS = 3
 #: An unusable body that comes so often, byte for byte, is not asked for again in the same materialisation.
 SAME_BODY_LIMIT = 3
 
+#: Passing reasons that tell of the host, or of a proxy in between, and not of the photo.
+_OF_THE_HOST = ("not_an_image", "redirected")
 #: What Flickr redirects to, or serves, in place of a photo that was removed.
 _PLACEHOLDER = "photo_unavailable"
 _EXIF_ORIENTATION = 0x0112
@@ -161,12 +163,21 @@ class ImageFetcher:
         """
         bodies: list[bytes] = []
         try:
-            return self._retries.call(lambda: self._attempt(url, bodies))
+            image = self._retries.call(lambda: self._attempt(url, bodies))
+        except ItemError as error:
+            if not error.is_permanent and error.reason in _OF_THE_HOST:
+                self._breaker.failed(str(error))
+            else:
+                self._breaker.succeeded()
+            raise
         except TransientError as error:
             if not error.is_unreachable:
                 self._breaker.failed(str(error))
                 raise ItemError(error.reason, f"{url}: {error}", is_permanent=False) from None
             message = str(error)
+        else:
+            self._breaker.succeeded()
+            return image
         raise ServiceError(
             f"Photos cannot be fetched: {message}. Check the network, the proxy (HTTPS_PROXY) and "
             "GRAFT_FLICKR_STATIC_URL, then run again: finished work is kept."
@@ -239,7 +250,6 @@ class ImageFetcher:
         if status in TRANSIENT_STATUSES:
             reason = "rate_limited" if status == 429 else "unavailable"
             raise TransientError(reason, f"HTTP {status}", retry_after_s=answer.retry_after_s)
-        self._breaker.succeeded()
         if status == 200:
             return
         if status in (404, 410):

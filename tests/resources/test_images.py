@@ -350,8 +350,16 @@ def test_unreachable_host_ends_the_run(free_url):
         fetcher(free_url).fetch(URL)
 
 
-def test_host_that_fails_for_every_photo_ends_the_run(scripted, reply):
-    server = scripted(lambda request: reply(status=503))
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"status": 503},
+        {"body": b"<html>Please log in</html>"},
+        {"status": 302, "headers": {"Location": "https://portal.example/"}},
+    ],
+)
+def test_host_that_fails_for_every_photo_ends_the_run(scripted, reply, bad):
+    server = scripted(lambda request: reply(**bad))
     photos = fetcher(server.url, attempts=1, concurrency=1)
     for _ in range(19):
         with pytest.raises(ItemError):
