@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import rasterio
@@ -152,6 +154,19 @@ def test_pixels_without_data_have_no_class(clip, checkered, tmp_path):
     assert ((classes == NODATA) == (mask == 0)).all()
 
 
+@pytest.mark.parametrize("nodata", [None, np.nan])
+def test_no_number_is_no_data(clip, checkered, tmp_path, nodata):
+    image = checkered[0].astype(np.float32)
+    image[:300, :300, 1] = np.nan
+    source = write(tmp_path / "scene.tif", image, nodata=nodata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        made = segment_raster(
+            clip, source, tmp_path / "map.tif", PROMPTS, RasterOptions(display_range=(0, 255))
+        )
+    assert ((read(made.path)[0] == NODATA) == np.isnan(image[..., 1])).all()
+
+
 def test_bands_follow_their_colours(clip, checkered, tmp_path):
     image, truth = checkered
     swapped = np.concatenate([image[..., ::-1], image[..., :1]], axis=-1)
@@ -191,6 +206,12 @@ def test_what_cannot_be_segmented_is_refused_and_leaves_nothing(clip, tmp_path, 
 def test_senseless_options_are_refused(wrong):
     with pytest.raises(InputError, match="overlap"):
         RasterOptions(**wrong)
+
+
+@pytest.mark.parametrize("values", [(0, 0), (3000, 0)])
+def test_ranges_of_nothing_are_refused(values):
+    with pytest.raises(InputError, match="lower one first"):
+        RasterOptions(display_range=values)
 
 
 def test_the_command_line_segments_by_words(toy_world, checkered, tmp_path, monkeypatch):

@@ -74,6 +74,11 @@ class RasterOptions:
         """Reject options that no raster can be cut with."""
         if self.gsd_m <= 0 or self.batch_size <= 0 or not 0 <= self.overlap < 1:
             raise InputError("Give a positive gsd_m and batch_size, and an overlap from 0 to below 1.")
+        if self.display_range is not None and not self.display_range[0] < self.display_range[1]:
+            low, high = self.display_range
+            raise InputError(
+                f"A range of values from {low:g} to {high:g} shows nothing: give the lower one first."
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def segment_raster(
             _describe(written, names, prompts)
             rows = finished_rows(clip, classes, reader.window, grid, options.batch_size, progress)
             blocks = (
-                _pixel_rows(rows, grid, file)
+                _pixel_rows(rows, grid, file, reader)
                 if refine is None
                 else _refined_rows(rows, grid, file, reader, refine)
             )
@@ -273,7 +278,19 @@ class _Reader:
         if self._range is not None:
             low, high = self._range
             pixels = np.clip((pixels.astype(np.float32) - low) / (high - low) * 255, 0, 255)
+            # No number is dark, as what other rasters have where they have no data.
+            np.nan_to_num(pixels, copy=False)
         return np.moveaxis(pixels, 0, -1).astype(np.uint8)
+
+    def is_missing(self, top: int, rows: int) -> NDArray[np.bool_]:
+        """Where some rows of the raster have no data, (rows, width) bool."""
+        window = Window(0, top, self._file.width, rows)
+        missing = np.asarray(self._file.dataset_mask(window=window) == 0)
+        # Rasters of floats have NaN there, whether they say so or not.
+        for band in self._bands:
+            if self._file.dtypes[band - 1].startswith("float"):
+                missing |= np.isnan(self._file.read(band, window=window))
+        return missing
 
 
 def rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
@@ -297,7 +314,7 @@ def rgb_bands(file: DatasetReader) -> tuple[int, int, int]:
 
 
 def _pixel_rows(
-    patch_rows: Iterator[NDArray[np.float32]], grid: Lattice, file: DatasetReader
+    patch_rows: Iterator[NDArray[np.float32]], grid: Lattice, file: DatasetReader, reader: _Reader
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Blocks of pixel rows, (top, (rows, width) uint8 classes), interpolated between patch rows."""
     place = (np.arange(file.width) + 0.5) / grid.patch_x - 0.5
@@ -322,8 +339,7 @@ def _pixel_rows(
         block[at] = scores.argmax(axis=0)
         at += 1
         if at == _BLOCK_PX or y == file.height - 1:
-            window = Window(0, top, file.width, at)
-            block[:at][file.dataset_mask(window=window) == 0] = NODATA
+            block[:at][reader.is_missing(top, at)] = NODATA
             yield top, block[:at]
             top, at = top + at, 0
 
@@ -355,7 +371,7 @@ def _refined_rows(
             pixels = reader.pixels(Window(left, top, shape[1], shape[0]), shape)
             refined = refine(pixels, scores[:, :, start:end], (grid.patch_y, grid.patch_x))
             block[:, left:right] = refined.argmax(axis=0)
-        block[file.dataset_mask(window=Window(0, top, file.width, len(block))) == 0] = NODATA
+        block[reader.is_missing(top, len(block))] = NODATA
         yield top, block
 
 
