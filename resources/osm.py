@@ -86,6 +86,11 @@ def _overpass(file: Path) -> Iterator[tuple[dict[str, str], Any]]:
         ) from error
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if "error" in str(content.get("remark")):
+            # Overpass gives what it had found when time or memory ran out, and says so here alone.
+            raise InputError(
+                f"{file} is not whole ({content['remark']}): ask again with a longer [timeout:...]."
+            )
         shapes = osm2geojson.json2shapes(content, raise_on_failure=False)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no JSON of Overpass ({error!r}): {_REMEDY}") from error

@@ -125,6 +125,14 @@ def test_features_beyond_the_bounds_are_left_out(extract):
     assert all(feature.geometry.intersects(shapely.box(*around)) for feature in read_osm(extract, around))
 
 
+def test_an_answer_of_overpass_that_broke_off(tmp_path):
+    path = write_overpass(tmp_path / "overpass.json")
+    remark = 'runtime error: Query timed out in "query" at line 3 after 26 seconds.'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"remark": remark}))
+    with pytest.raises(InputError, match=r"timed out.*timeout"):
+        list(read_osm(path, BOUNDS))
+
+
 def test_files_that_are_no_extracts(tmp_path):
     (tmp_path / "page.json").write_text("<html>")
     (tmp_path / "page.osm.pbf").write_bytes(b"<html>")
