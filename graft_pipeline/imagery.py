@@ -174,7 +174,8 @@ class ImagerySource(Protocol):
 
         Raises:
             ItemError: if this chip cannot be had. Permanent: `scene_missing`, `bad_request`. To be tried
-                again: `invalid_pixels`, `truncated`, `timeout`, `connection`, `unavailable`, `rate_limited`.
+                again: `invalid_pixels`, `truncated`, `timeout`, `connection`, `unavailable`, `rate_limited`,
+                `forbidden`.
             SettingsError: if credentials are refused.
             ServiceError: if the source cannot be reached, or chip after chip fails.
         """
