@@ -22,6 +22,7 @@ from graft_pipeline.errors import DataError, ItemError
 from graft_pipeline.fetching import (
     StoredItems,
     changed_requests,
+    most_ahead,
     ordered_map,
     pending_rows,
     retry_day,
@@ -356,7 +357,9 @@ def update(
     def outcome(order: _Order) -> _Outcome:
         return _kept_or_served(order, sensor, fetch, store.unfinished)
 
-    with store, closing(ordered_map(outcome, served, concurrency)) as results:
+    # At most floats of 4 bytes are kept as raw bands.
+    ahead = most_ahead(concurrency, sensor.chip_px**2 * (3 + 4 * len(sensor.raw_bands)))
+    with store, closing(ordered_map(outcome, served, concurrency, ahead)) as results:
         for order in without:
             row = _row(order, attempts.get(order.tile_id, 0)) | {"request_id": requests[order.tile_id]}
             store.add({**row, "status": "failed", "reason": "no_scene", "scenes_tried": 0})

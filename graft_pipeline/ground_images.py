@@ -23,6 +23,7 @@ from graft_pipeline.fetching import (
     FINAL_REASONS,
     StoredItems,
     changed_requests,
+    most_ahead,
     ordered_map,
     pending_rows,
     retry_day,
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 #: Two images whose 64-bit perceptual hashes differ in at most so many bits count as the same picture.
 NEAR_DUPLICATE_BITS = 4
+#: Hardly any image is larger whose shorter side is 256 px.
+_IMAGE_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def update(
     def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
         return _kept_or_fetched(photo, requests[photo["photo_id"]], fetch, store.unfinished)
 
-    with store, closing(ordered_map(outcome, todo, concurrency)) as results:
+    ahead = most_ahead(concurrency, _IMAGE_BYTES)
+    with store, closing(ordered_map(outcome, todo, concurrency, ahead)) as results:
         for done, (photo, result) in enumerate(results, start=1):
             photo_id = photo["photo_id"]
             row: dict[str, Any] = {"photo_id": photo_id, "attempts": attempts.get(photo_id, 0) + 1}

@@ -7,7 +7,14 @@ import pyarrow as pa
 import pytest
 
 from graft_pipeline.errors import ServiceError
-from graft_pipeline.fetching import MAX_BACK_OFF_DAYS, ordered_map, pending_rows, retry_day
+from graft_pipeline.fetching import (
+    MAX_BACK_OFF_DAYS,
+    MOST_WAITING_BYTES,
+    most_ahead,
+    ordered_map,
+    pending_rows,
+    retry_day,
+)
 
 
 def test_results_come_in_order_whatever_the_timing() -> None:
@@ -19,7 +26,8 @@ def test_results_come_in_order_whatever_the_timing() -> None:
         assert list(results) == [(number, number * number) for number in range(60)]
 
 
-def test_items_are_taken_no_faster_than_needed() -> None:
+@pytest.mark.parametrize(("ahead", "most"), [(None, 8), (3, 3), (40, 40)])
+def test_items_are_taken_no_faster_than_needed(ahead: int | None, most: int) -> None:
     taken = []
 
     def items() -> object:
@@ -27,10 +35,31 @@ def test_items_are_taken_no_faster_than_needed() -> None:
             taken.append(number)
             yield number
 
-    with closing(ordered_map(lambda number: number, items(), 2)) as results:  # type: ignore[arg-type]
+    with closing(ordered_map(lambda number: number, items(), 2, ahead)) as results:  # type: ignore[arg-type]
         next(results)
-        assert len(taken) <= 8
-    assert len(taken) <= 8
+        assert len(taken) == most
+    assert len(taken) == most
+
+
+def test_one_late_item_holds_up_no_other_within_reach() -> None:
+    others = threading.Semaphore(0)
+
+    def call(number: int) -> int:
+        if number == 0:
+            # Late until 79 others are done, which four a thread would not allow.
+            assert all(others.acquire(timeout=30) for _ in range(79))
+        else:
+            others.release()
+        return number
+
+    assert most_ahead(5, 10_000) == 80
+    with closing(ordered_map(call, range(100), 5, most_ahead(5, 10_000))) as results:
+        assert [number for _, number in results] == list(range(100))
+
+
+def test_memory_bounds_how_far_ahead_is_fetched() -> None:
+    assert most_ahead(40, MOST_WAITING_BYTES // 300) == 300
+    assert most_ahead(40, MOST_WAITING_BYTES) == 160
 
 
 def test_calls_run_at_once() -> None:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -222,6 +223,9 @@ def fetch_until_killed(folder: UPath, photos: pa.Table, limit: int) -> None:
 
     def fetch(url: str) -> FetchedImage:
         if sum(host.asked.values()) >= limit:
+            # Not before what was fetched is stored, where it fills shards.
+            while limit > 8 and not (folder / "ground_images.parquet").exists():
+                time.sleep(0.01)
             os._exit(9)
         return host.fetch(url)
 
