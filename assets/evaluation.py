@@ -24,15 +24,25 @@ from graft_pipeline.errors import SettingsError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
 from graft_pipeline.progress import Progress
-from graft_pipeline.provenance import code_version
+from graft_pipeline.provenance import code_version, fingerprint
 from graft_pipeline.regions import Region
 from graft_pipeline.settings import Settings
 from resources.foundation import FoundationModel
 from resources.osm import read_osm
 from resources.storage import Storage
 from training.zero_shot.catalogue import DATASETS
+from training.zero_shot.prompts import load_prompts
 
 CHECK = "no_score_dropped"
+#: What scores come from, besides encoders, data and prompts.
+MODULES = tuple(
+    f"training.zero_shot.{name}"
+    for name in (
+        *("benchmarks", "classify", "datasets", "evaluate", "evaluate_masks", "mask_sets", "metrics"),
+        *("retrieve", "segment", "windows"),
+        *(f"answering.{name}" for name in ("detection", "grammar", "interpreter", "rsvqa", "scoring")),
+    )
+)
 
 
 class EvaluationConfig(dg.Config):
@@ -66,7 +76,8 @@ def build_osm_labels(sensor: Sensor) -> dg.AssetsDefinition:
         deps=[[sensor.name, "tiles"], OSM_KEY],
         partitions_def=REGION_PARTITIONS,
         backfill_policy=dg.BackfillPolicy.multi_run(),
-        code_version=code_version(osm_labels),
+        # The table of classes is as much a cause of labels as the code.
+        code_version=fingerprint(code_version(osm_labels, "resources.osm"), osm_labels.osm_classes())[:12],
         kinds={"parquet"},
         metadata=table_metadata(schemas.OSM_LABELS, sensor),
         check_specs=check_specs([sensor.name, schemas.OSM_LABELS.name]),
@@ -119,7 +130,7 @@ def build_evaluation(name: str, folder: Path) -> dg.AssetsDefinition:
         group_name="evaluation",
         owners=OWNERS,
         deps=deps,
-        code_version=code_version("training.zero_shot.benchmarks", "training.zero_shot.scoring"),
+        code_version=fingerprint(code_version(*MODULES), load_prompts(of.prompts))[:12],
         kinds={"pytorch"},
         pool="gpu",
         check_specs=[

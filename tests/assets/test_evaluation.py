@@ -110,6 +110,14 @@ def test_footprints_that_reach_beyond_their_region_are_labelled(deploy, tmp_path
     assert labels["labels"].to_pylist() == [["forest"]]
 
 
+def test_other_words_are_another_version(deploy):
+    names = ("sat4", "sat6", "satlas_naip", "satlas_sentinel2")
+    graph = deploy(evaluation_data=dict.fromkeys(names, "/data")).definitions.resolve_asset_graph()
+    versions = [graph.get(dg.AssetKey(["evaluation", name])).code_version for name in names]
+    assert len(set(versions)) == 3
+    assert versions[2] == versions[3]
+
+
 def test_datasets_that_nobody_knows_are_refused(deploy):
     with pytest.raises(Exception, match="use one of eurosat"):
         deploy(evaluation_data={"imagenet": "/data"})
