@@ -213,6 +213,7 @@ UPSTREAM: dict[str, dict[str, tuple[str, ...]]] = {
         "chip_offset": ("chips.offset",),
         "chip_size_bytes": ("chips.size_bytes",),
         "embedding_row": ("ground_embeddings.photo_id", "ground_embeddings.embedding"),
+        "model_id": ("ground_embeddings.model_id",),
     },
     **{
         model: {

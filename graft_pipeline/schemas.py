@@ -333,6 +333,9 @@ TRAINING_PAIRS = _dataset(
         _column("chip_offset", pa.int64(), "byte offset of the chip in its shard"),
         _column("chip_size_bytes", pa.int64(), "length of the chip"),
         _column("embedding_row", pa.int64(), "row of the photo in ground_embeddings.npy beside this file"),
+        _column(
+            "model_id", pa.string(), "fingerprint of the foundation model that embedded it", nullable=True
+        ),
     ],
     key=("tile_id", "photo_id"),
     # Queries of a split or of a region read only its row groups; those of a tile, by the key's Bloom filters.

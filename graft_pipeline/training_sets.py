@@ -338,15 +338,16 @@ def _read_region(
         if file is None or not located.num_rows:
             return TRAINING_PAIRS.empty()
         photo_ids = embedded.filter(pc.is_in(embedded, pc.unique(located["photo_id"]))).combine_chunks()
-        first_row = matrix.rows
+        first_row, model_ids = matrix.rows, set[str]()
         for batch in _ahead(file.iter_batches(_EMBEDDINGS_PER_BATCH)):
             some = pa.table(batch)
             is_used = pc.is_in(some["photo_id"], photo_ids)
-            found.model_ids.update(pc.unique(some["model_id"].filter(is_used)).to_pylist())
+            model_ids.update(pc.unique(some["model_id"].filter(is_used)).to_pylist())
             # Rows of a matrix are copied several times as fast as lists of Arrow.
             matrix.write(_vectors(some, region)[is_used.to_numpy()])
     chips = _chips_of(root, sensor, region, located)
     position = pc.index_in(located["tile_id"], chips["tile_id"].combine_chunks())
+    found.model_ids |= model_ids
     found.regions.append(region)
     found.tiles += chips.num_rows
     for name in found.pairs:
@@ -369,6 +370,8 @@ def _read_region(
         "chip_offset": chips["offset"],
         "chip_size_bytes": chips["size_bytes"],
         "embedding_row": pc.add(pc.index_in(located["photo_id"], photo_ids).cast(pa.int64()), first_row),
+        # One of all regions, or none is published.
+        "model_id": pa.array([min(model_ids)] * located.num_rows, pa.string()),
     }
     return pa.table(columns).select(TRAINING_PAIRS.schema.names).cast(TRAINING_PAIRS.schema)
 

@@ -102,6 +102,8 @@ class TrainingSet:
 
     Attributes:
         fingerprint: content fingerprint, from the snapshot folder's name.
+        model_id: fingerprint of the foundation model that embedded the photos; None where an earlier version of
+            this project wrote the table.
         embeddings: (P, D) float32, f_G of all photos; a memory map where the storage is local.
         targets: what a batch holds of its photos: the embeddings, or (P, 2 D) f_G and f_T beside each other.
         pair_count: number of (tile, photo) rows, all splits.
@@ -130,6 +132,8 @@ class TrainingSet:
                 f"{folder} is no training set: {error}. Materialise training_set first."
             ) from error
         self.fingerprint = self.folder.name.removeprefix("snapshot=")
+        model_ids = pc.unique(table["model_id"]).to_pylist()
+        self.model_id: str | None = model_ids[0] if model_ids else None
         if len(table) and pc.max(table["embedding_row"]).as_py() >= len(self.embeddings):
             raise DataError(
                 f"{folder} points past its {len(self.embeddings)} embeddings: materialise it again."

@@ -285,7 +285,7 @@ def train(
     Raises:
         SettingsError: if the foundation model cannot be loaded.
         InputError: if the training set is not there, or the tower has no patch tokens for the pixel level.
-        DataError: if chips or embeddings do not fit the configuration.
+        DataError: if chips or embeddings do not fit the configuration, or the photos were embedded by another model.
         TrainingError: if the loss is no finite number any more, or memory does not suffice; the last checkpoint is
             intact.
     """
@@ -300,7 +300,7 @@ def train(
         if config.level == "pixel":
             check_patch_tower(clip.model.visual)
         data = TrainingSet(training_set_folder, storage_root, alt_text=config.alt_text_weight > 0)
-        _check_width(data, clip)
+        _check_foundation(data, clip, foundation_id)
         trainer = _Trainer(config, clip, data, device, team)
         # The foundation model is known by its content, not by the folder that it was loaded from.
         learnt = asdict(config)
@@ -840,11 +840,17 @@ def peak_memory_gb() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _check_width(data: TrainingSet, clip: Clip) -> None:
+def _check_foundation(data: TrainingSet, clip: Clip, foundation_id: str) -> None:
+    """Refuse photos in the space of another model: the encoder would be at home there, its text tower here."""
+    problem = None
     if data.embeddings.shape[1] != clip.embedding_width:
+        problem = f"in {data.embeddings.shape[1]} dimensions, {clip.name} has {clip.embedding_width}"
+    elif data.model_id not in (None, foundation_id):
+        problem = f"by model {data.model_id}, {clip.name} is {foundation_id}"
+    if problem:
         raise DataError(
-            f"The training set's photos were embedded in {data.embeddings.shape[1]} dimensions, {clip.name} "
-            f"has {clip.embedding_width}: train from the model that embedded them, or embed them again."
+            f"The training set's photos were embedded {problem}: train from the model that embedded them, or "
+            "materialise ground_embeddings of all regions, and the training set, again."
         )
 
 

@@ -115,6 +115,7 @@ def test_a_snapshot_joins_pairs_chips_and_embeddings(stored: UPath) -> None:
     order = [table["photo_id"].to_pylist()[table["embedding_row"].to_pylist().index(n)] for n in range(4)]
     assert order == ["100", "20", "3", "9"], "by region and photo"
     assert table["split"].to_pylist() == ["train", "train", "train", "validation"]
+    assert set(table["model_id"].to_pylist()) == {"m"}
     assert manifests.conform(table, TRAINING_PAIRS).equals(table)
     files = {file.name for file in made.folder.iterdir()}
     assert files == {"training_set.parquet", "ground_embeddings.npy"}
@@ -347,6 +348,7 @@ def test_pieces_do_not_change_the_file(tmp_path: Path, monkeypatch: pytest.Monke
             "region": "R",
             "split": "train",
             "chip_shard": "s",
+            "model_id": "m",
         }
         for number in range(30)
     ]

@@ -79,7 +79,7 @@ class ToyWorld:
         return f"local-dir:{self.foundation}"
 
 
-def write_training_set(root, folder, tiles, embed, seed=0):
+def write_training_set(root, folder, tiles, embed, model_id, seed=0):
     """Tiles are (id, split, [(photo id, colour, column, row)]); their chips show a quadrant per colour."""
     random = np.random.default_rng(seed)
     rows, photos = [], []
@@ -106,6 +106,7 @@ def write_training_set(root, folder, tiles, embed, seed=0):
                         "chip_shard": "chips/chips-00000.tar",
                         "chip_offset": place.offset,
                         "chip_size_bytes": place.size_bytes,
+                        "model_id": model_id,
                     }
                 )
     ids = sorted(photo_id for photo_id, _ in photos)
@@ -161,21 +162,25 @@ def toy_world(tmp_path_factory, toy_captions):
         tiles.append((tile_id, "validation" if number % 6 == 0 else "train", photos))
     folder = root / "training_set" / "sensor=toy" / "snapshot=0123456789abcdef"
     photo_class = write_training_set(
-        root, folder, tiles, lambda images: model.embed_images([Image.fromarray(image) for image in images])
+        root,
+        folder,
+        tiles,
+        lambda images: model.embed_images([Image.fromarray(image) for image in images]),
+        model.model_id,
     )
     return ToyWorld(root, folder, foundation, photo_class, positions)
 
 
 @pytest.fixture(scope="session")
 def crowded(toy_world, tmp_path_factory):
-    """The toy training set, but photos lie under several tiles: snapshot folder."""
+    """The toy training set, but photos lie under several tiles, as a version that named no model wrote it."""
     folder = UPath(tmp_path_factory.mktemp("crowded") / "snapshot=crowded")
     folder.mkdir()
     table = pq.read_table(str(toy_world.folder / "training_set.parquet"))
     column = table.schema.get_field_index("embedding_row")
     shared = pa.array(np.asarray(table["embedding_row"]) % 40, pa.int64())
     table = table.set_column(column, table.schema.field(column), shared)
-    pq.write_table(table, str(folder / "training_set.parquet"))
+    pq.write_table(table.drop_columns(["model_id"]), str(folder / "training_set.parquet"))
     (folder / "ground_embeddings.npy").write_bytes((toy_world.folder / "ground_embeddings.npy").read_bytes())
     texts = np.load(str(folder / "ground_embeddings.npy"))[:, ::-1]
     np.save(str(folder / "alt_text_embeddings.npy"), texts)

@@ -16,7 +16,7 @@ from graft_pipeline.errors import DataError, GraftError, InputError, TrainingErr
 from graft_pipeline.imagery import Sensor
 from training.checkpoint import load_checkpoint
 from training.encoders import encode_images, encode_texts, load_clip
-from training.export import read_card
+from training.export import read_card, save_encoder
 from training.loop import TrainConfig, at_pixels, recall, resolve_device, train
 
 TOY = Sensor(name="toy", collection="none", bands=("R", "G", "B"), gsd_m=1.0, chip_px=64, crop_px=32)
@@ -369,6 +369,12 @@ def test_embeddings_of_another_model_are_refused(toy_world, tmp_path):
     np.save(other / "ground_embeddings.npy", np.zeros((500, 7), np.float32))
     with pytest.raises(DataError, match="7 dimensions"):
         train(config_of(toy_world), UPath(other), toy_world.root, UPath(tmp_path / "out"))
+    # As wide, but another: f_S would be in the space of one model and f_T in that of the other.
+    retrained = load_clip(toy_world.architecture)
+    torch.nn.init.normal_(retrained.model.visual.proj)
+    folder = save_encoder(UPath(tmp_path / "retrained"), retrained)
+    with pytest.raises(DataError, match=r"embedded by model \w{16}, retrained is .* materialise"):
+        run(toy_world, tmp_path / "out", architecture=f"local-dir:{folder}")
 
 
 def test_the_feature_at_a_pixel_is_that_of_its_patch():
