@@ -70,8 +70,12 @@ def _extract(file: Path) -> Iterator[tuple[dict[str, str], Any]]:
         objects = osmium.FileProcessor(str(file)).with_areas(wanted).with_filter(wanted)
         for thing in objects.with_filter(osmium.filter.GeoInterfaceFilter()):
             tags = dict(thing.tags)
-            # A closed way comes as an area too; as a line it counts only for classes that are lines.
-            if thing.is_area() or (thing.is_way() and lines & set(tags)):
+            # A closed way comes as a line and as an area: of classes that are lines it is a loop, unless it says that
+            # it is an area; of all others an area.
+            is_named_area = tags.get("area") == "yes"
+            if thing.is_area() and thing.from_way() and not is_named_area:
+                tags = {key: value for key, value in tags.items() if key not in lines}
+            if thing.is_area() or (thing.is_way() and not is_named_area and lines & set(tags)):
                 yield tags, shape(thing.__geo_interface__["geometry"])
     except (RuntimeError, OSError) as error:
         raise InputError(f"{file} is no OpenStreetMap extract ({error}): {_REMEDY}") from error

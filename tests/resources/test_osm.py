@@ -41,6 +41,9 @@ WAYS = {
     6: ({"building": "yes"}, square(0, 0, 224, 224), True),
     7: ({"landuse": "farmland"}, square(5000, 5000, 6000, 6000), True),
     8: ({"highway": "residential"}, lonlat([(0, 10), (224, 10)]), False),
+    # A roundabout, a platform that says it is an area; ten kilometres east.
+    9: ({"highway": "primary"}, square(10_020, 20, 10_200, 200), True),
+    10: ({"railway": "rail", "area": "yes"}, square(10_000, 0, 10_224, 100), True),
 }
 
 
@@ -111,10 +114,16 @@ def test_tiles_get_the_classes_that_cover_their_footprint(extract):
     assert made[1] == {"tile_id": "naip-1", "labels": [], "shares": [], "single_label": None}
 
 
+def test_what_a_road_encloses_is_no_road(extract):
+    (made,) = label_tiles(tiles((X + 10_000, Y)), read_osm(extract, BOUNDS), NAIP, EPSG).to_pylist()
+    assert made["labels"] == ["highway", "railway"]
+    # The ring of a road of 20 m around 160 m squared; cut at corners, where lines have no caps.
+    assert made["shares"][0] == pytest.approx((200**2 - 160**2) / 224**2, rel=0.02)
+    assert made["shares"][1] == pytest.approx(100 / 224, rel=1e-3)
+
+
 def test_a_region_without_tiles_needs_no_features():
     assert label_tiles(tiles(), [], NAIP, EPSG).num_rows == 0
-    with pytest.raises(InputError, match="of that area"):
-        label_tiles(tiles((X, Y)), [], NAIP, EPSG)
 
 
 def test_features_beyond_the_bounds_are_left_out(extract):
