@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import threading
+import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -520,7 +521,7 @@ def decode_chip(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
             problem = _mismatch(source, sensor, grid)
             if problem is None:
                 return np.stack(list(source.read()), axis=-1)
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
         raise TransientError("truncated", f"the GeoTIFF cannot be read: {error}") from None
     raise TransientError("invalid_pixels", problem)
 
@@ -546,13 +547,18 @@ def decode_bands(content: bytes, sensor: Sensor, grid: Grid) -> NDArray[Any]:
         raise TransientError("invalid_pixels", f"{len(content)} bytes of {kind} instead of pixels")
     try:
         table = npy.read_array(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
+    except (ValueError, TypeError, EOFError, MemoryError, SyntaxError, tokenize.TokenError) as error:
+        # A header is a literal of Python.
         raise TransientError("truncated", f"the NPY cannot be read: {error}") from None
     shape, wanted = table.shape, (grid.height_px, grid.width_px)
     if set(table.dtype.names or ()) != set(sensor.requested_bands) or shape != wanted:
         found = f"bands {table.dtype.names} of {shape}"
         raise TransientError("invalid_pixels", f"{found} instead of {sensor.requested_bands} of {wanted}")
-    if sensor.display_range is None and any(table[name].dtype != np.uint8 for name in sensor.bands):
+    is_number = all(table[name].dtype.kind in "uif" for name in sensor.requested_bands)
+    is_scaled = sensor.display_range is not None or all(
+        table[name].dtype == np.uint8 for name in sensor.bands
+    )
+    if not (is_number and is_scaled):
         raise TransientError("invalid_pixels", f"bands of type {table.dtype}")
     return np.stack([table[name] for name in sensor.requested_bands], axis=-1)
 
