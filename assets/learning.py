@@ -26,6 +26,7 @@ from assets.reporting import (
     table_metadata,
 )
 from graft_pipeline import chips, embeddings, previews, rules, schemas, sheets, training_sets
+from graft_pipeline.errors import DataError
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.lineage import MODELS
 from graft_pipeline.partitions import ALL_REGIONS, REGION_PARTITIONS
@@ -59,6 +60,11 @@ def local_model(folder, device: str = "cpu"):
     from training.encoders import load_clip
     from training.loop import resolve_device
 
+    if not folder.exists():
+        raise DataError(
+            f"No model is in {folder} yet: materialise the asset that trains it first, image_encoder or pixel_encoder "
+            "of the sensor, or openclip/foundation."
+        )
     return load_clip(f"local-dir:{folder}", device=resolve_device(device))
 
 

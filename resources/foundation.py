@@ -232,9 +232,10 @@ class FoundationModel:
                 tokenize = open_clip.get_tokenizer(local)
         except (RuntimeError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
             raise SettingsError(
-                f"The foundation model {self.name} cannot be loaded: {error}. Check "
-                "GRAFT_FOUNDATION_ARCHITECTURE and GRAFT_FOUNDATION_PRETRAINED; offline, name a local-dir: folder or "
-                "a checkpoint file; with a file of OpenAI's weights name ViT-B-16-quickgelu, not ViT-B-16."
+                f"The foundation model {self.name} cannot be loaded: {error}. The planet's own is there once you "
+                "materialise openclip/foundation. For another, check GRAFT_FOUNDATION_ARCHITECTURE and "
+                "GRAFT_FOUNDATION_PRETRAINED; offline, name a local-dir: folder or a checkpoint file; with a file of "
+                "OpenAI's weights name ViT-B-16-quickgelu, not ViT-B-16."
             ) from error
         if quick_gelu:
             config["quick_gelu"] = True

@@ -1,5 +1,6 @@
 """What a data engineer gets wrong, as Dagster shows it: a message that says what to do, and no half-written file."""
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_a_key_that_is_no_region_fails_alone(planet: Any, deploy: Deploy) -> Non
     assert deployment.files() == files
     deployment.materialise("search_locations", partition=REGION)
     assert deployment.storage.read(schemas.SEARCH_LOCATIONS, region=REGION).num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("asset", "partition", "missing"),
+    [
+        ("ground_embeddings", REGION, "openclip/foundation"),
+        ("naip/search_index", None, "image_encoder"),
+    ],
+)
+def test_a_model_that_was_not_trained_yet_is_asked_for_by_its_asset(
+    planet: Any, deploy: Deploy, asset: str, partition: str | None, missing: str
+) -> None:
+    deployment = deploy(planet_url=planet.url, sensors=[{"name": "naip"}])
+    deployment.instance.add_dynamic_partitions(REGION_PARTITIONS.name, [REGION])
+    result = deployment.materialise(asset, partition=partition, raise_on_error=False)
+    assert re.search(f"materialise [^:]*{missing}", failure_of(result))
 
 
 def test_a_refused_earth_engine_project_stops_scenes_and_says_where_to_look(
