@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from upath import UPath
 
+from graft_pipeline.errors import DataError
 from graft_pipeline.progress import Report
 from graft_pipeline.schemas import CHIP_EMBEDDINGS, GROUND_EMBEDDINGS, OUTDOOR_PHOTOS
 from graft_pipeline.shards import read_member
@@ -26,6 +27,8 @@ class OutdoorClassifier(Protocol):
 
     classifier_id: str
     needs_images: bool
+    #: Fingerprint of the foundation model whose embeddings it scores; None for one that needs images.
+    embedding_model_id: str | None
 
     def score(self, embeddings: np.ndarray) -> np.ndarray:
         """Outdoor probabilities (N,) of foundation embeddings (N, D)."""
@@ -131,6 +134,9 @@ def score_outdoor(
 
     Returns:
         OUTDOOR_PHOTOS rows, one for each embedded photo whose image is stored, sorted by photo_id.
+
+    Raises:
+        DataError: if the classifier scores embeddings, and these are of another foundation model than its own.
     """
     ok = images.filter(pc.equal(images["status"], "ok"))
     embedded = embedded.filter(pc.is_in(embedded["photo_id"], ok["photo_id"].combine_chunks()))
@@ -142,6 +148,12 @@ def score_outdoor(
         )
     )
     todo = embedded.filter(pc.invert(pc.is_in(embedded["photo_id"], kept["photo_id"].combine_chunks())))
+    models = set() if classifier.needs_images else set(pc.unique(todo["model_id"]).to_pylist())
+    if others := sorted(models - {classifier.embedding_model_id}):
+        raise DataError(
+            f"Photos are embedded by the foundation model {', '.join(others)}, the scene classifier's is "
+            f"{classifier.embedding_model_id}: materialise ground_embeddings of the region first."
+        )
     parts = [kept.select(["photo_id", "outdoor_score"])]
     for start in range(0, todo.num_rows, BATCH):
         rows = todo.slice(start, BATCH)

@@ -90,6 +90,11 @@ class SceneClassifier:
         """Fingerprint of whatever decides the scores: 16 hexadecimal characters."""
         raise NotImplementedError
 
+    @property
+    def embedding_model_id(self) -> str | None:
+        """Fingerprint of the foundation model whose embeddings `score` takes; None for one that needs images."""
+        return None
+
     def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Outdoor probabilities of foundation embeddings.
 
@@ -133,6 +138,11 @@ class ZeroShotSceneClassifier(SceneClassifier):
     def classifier_id(self) -> str:
         """See `SceneClassifier.classifier_id`."""
         return fingerprint("zero_shot", self._foundation.model_id, self._indoor, self._outdoor)
+
+    @property
+    def embedding_model_id(self) -> str:
+        """See `SceneClassifier.embedding_model_id`."""
+        return self._foundation.model_id
 
     def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `SceneClassifier.score`."""

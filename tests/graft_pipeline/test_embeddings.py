@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from upath import UPath
 
 from graft_pipeline.embeddings import embed_chips, score_outdoor, to_column
+from graft_pipeline.errors import DataError
 from graft_pipeline.schemas import (
     CHIP_EMBEDDINGS,
     CHIPS,
@@ -30,6 +31,7 @@ class Meter:
 
     def __init__(self, *, needs_images: bool, classifier_id: str = "meter") -> None:
         self.needs_images, self.classifier_id = needs_images, classifier_id
+        self.embedding_model_id = None if needs_images else "m"
         self.scored = 0
 
     def score(self, embeddings: np.ndarray) -> np.ndarray:
@@ -122,6 +124,23 @@ def test_photos_that_are_gone_have_no_score(
     assert meter.scored == len(IDS)
     none = score_outdoor(GROUND_EMBEDDINGS.empty(), images, known, folder, meter, 0.5)
     assert none.equals(OUTDOOR_PHOTOS.empty())
+
+
+def test_embeddings_of_another_model_are_not_scored(
+    stored: tuple[UPath, list[dict[str, object]]],
+) -> None:
+    """Their scores would mean nothing, and be kept: the classifier is the same once they are embedded anew."""
+    folder, rows = stored
+    images = pa.Table.from_pylist(rows, schema=GROUND_IMAGES.schema)
+    table = embedded(IDS)
+    position = table.schema.get_field_index("model_id")
+    other = table.set_column(position, table.schema.field(position), pa.array(["m"] * 5 + ["old"]))
+    meter = Meter(needs_images=False)
+    with pytest.raises(DataError, match=r"model old, .* materialise ground_embeddings"):
+        score_outdoor(other, images, OUTDOOR_PHOTOS.empty(), folder, meter, 0.5)
+    assert meter.scored == 0
+    of_images = Meter(needs_images=True)
+    assert score_outdoor(other, images, OUTDOOR_PHOTOS.empty(), folder, of_images, 0.5).num_rows == len(IDS)
 
 
 def chip_table(folder: UPath, contents: dict[str, bytes], shard: str) -> pa.Table:
