@@ -30,7 +30,8 @@ INVALID_KEY = "invalid"
 RESULT_CEILING = 4000
 MAX_PER_PAGE, MAX_PER_PAGE_GEO, DEFAULT_PER_PAGE = 500, 250, 100
 MAX_RADIUS_KM = 32.0
-MAX_BBOX_DEG2 = 100.0
+#: A square degree holds 33,000 photos, and making them takes seconds.
+MAX_BBOX_DEG2 = 4.0
 #: Share of photos that are not safe; half of them are restricted. Every key may see them here: the real site
 #: shows them to users who have signed in only.
 UNSAFE_SHARE = 0.01
@@ -148,15 +149,15 @@ class FlickrApi:
         per_page = _number(parameters, "per_page", DEFAULT_PER_PAGE, 1, MAX_PER_PAGE)
         per_page = min(per_page, MAX_PER_PAGE_GEO)
         page = _number(parameters, "page", 1, 1, 1_000_000)
-        found = self._found(search)
-        pages = math.ceil(len(found) / per_page)
+        count, found = self._found(search)
+        pages = math.ceil(count / per_page)
         rows = found[:0]
         if page <= pages:
             # Beyond the ceiling the site starts over.
             start = (page - 1) % math.ceil(RESULT_CEILING / per_page) * per_page
-            rows = found[start : min(start + per_page, RESULT_CEILING)]
+            rows = found[start : start + per_page]
         extras = {name for name in re.split(r"[,\s]+", parameters.get("extras", "")) if name}
-        total: int | str = len(found)
+        total: int | str = count
         # The real site answers now with a number, now with a string.
         if hashes(salt("total", repr(search)), page)[0] & np.uint64(1):
             total = str(total)
@@ -168,8 +169,8 @@ class FlickrApi:
             "photo": [photo_json(self._world, photo, extras) for photo in rows],
         }
 
-    def _find(self, search: Search) -> np.ndarray:
-        """Every photo that matches, in the order asked for; (N,) rows of `photographers.PHOTO_DTYPE`."""
+    def _find(self, search: Search) -> tuple[int, np.ndarray]:
+        """How many photos match, and in the order asked for those below the ceiling: `photographers.PHOTO_DTYPE`."""
         if search.circle is not None:
             photos = self._world.photos_near(*search.circle)
         else:
@@ -183,7 +184,8 @@ class FlickrApi:
         else:
             assert search.circle is not None
             order = distance_km(*search.circle[:2], photos["lon_deg"], photos["lat_deg"])
-        return photos[np.lexsort((photos["photo_id"], order))]
+        # A row takes a kilobyte, and searches are kept: what is never shown is not.
+        return len(photos), photos[np.lexsort((photos["photo_id"], order))[:RESULT_CEILING]]
 
     def image(self, request: Request) -> Response:
         """`/static/{server}/{id}_{secret}_{letter}.jpg`: the files behind `url_*`, good and bad."""

@@ -205,7 +205,7 @@ def test_extras_are_given_only_when_asked_for(flickr: Any) -> None:
         ({"tags": "lake"}, 999),
         ({"bbox": "1,2,3"}, 999),
         ({"bbox": "10,10,5,20", "min_upload_date": "0"}, 999),
-        ({"bbox": "-100,20,-60,50", "min_upload_date": "0"}, 999),
+        ({"bbox": "-72,41,-69,43", "min_upload_date": "0"}, 999),
         ({"lat": 42, "lon": -71, "radius": 33, "min_upload_date": "0"}, 999),
         ({"lat": "x", "lon": -71, "min_upload_date": "0"}, 999),
         ({**QUARTER, "min_upload_date": "200", "max_upload_date": "100"}, 18),
