@@ -321,5 +321,8 @@ def test_sets_are_opened_by_name(tmp_path):
     assert open_image_set("sat6", path).name == "sat6"
     with pytest.raises(InputError, match="holds sat6, not sat4"):
         open_image_set("sat4", path)
+    # They are published in one archive, and lie in one folder.
+    sat(tmp_path / "sat-4-full.mat", 4)
+    assert [open_image_set(name, tmp_path).name for name in ("sat4", "sat6")] == ["sat4", "sat6"]
     with pytest.raises(InputError, match="use one of eurosat"):
         open_image_set("imagenet", path)

@@ -151,12 +151,15 @@ def read_bigearthnet(
     )
 
 
-def read_sat(file: Path, *, split: Literal["test", "train"] = "test") -> ImageSet:
+def read_sat(
+    file: Path, *, classes: Literal[4, 6] | None = None, split: Literal["test", "train"] = "test"
+) -> ImageSet:
     """SAT-4 or SAT-6 (Basu et al., 2015), as its MATLAB file.
 
     Args:
-        file: `sat-4-full.mat` or `sat-6-full.mat`, or the folder that holds one; (28, 28, 4, N) uint8 images with
+        file: `sat-4-full.mat` or `sat-6-full.mat`, or the folder that holds it; (28, 28, 4, N) uint8 images with
             red, green, blue and infrared, and (K, N) one-hot labels.
+        classes: of a folder, which of the two; None: the one that is there.
         split: `test` (paper) or `train`.
 
     Returns:
@@ -169,7 +172,7 @@ def read_sat(file: Path, *, split: Literal["test", "train"] = "test") -> ImageSe
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    found = sorted(file.glob("sat-?-full.mat")) if file.is_dir() else [file]
+    found = sorted(file.glob(f"sat-{classes or '?'}-full.mat")) if file.is_dir() else [file]
     if len(found) != 1 or not found[0].exists():
         raise InputError(
             f"{file} is no SAT-4 or SAT-6 file: download sat-4-full.mat or sat-6-full.mat "
@@ -284,8 +287,8 @@ READERS: dict[str, Callable[[Path], ImageSet]] = {
     "eurosat": read_eurosat,
     "bigearthnet": read_bigearthnet,
     "bigearthnet43": lambda folder: read_bigearthnet(folder, classes=43),
-    "sat4": read_sat,
-    "sat6": read_sat,
+    "sat4": lambda file: read_sat(file, classes=4),
+    "sat6": lambda file: read_sat(file, classes=6),
     "naip_osm": read_osm_labels,
     "naip_osm_single": lambda root: read_osm_labels(root, is_multi_label=False),
 }
