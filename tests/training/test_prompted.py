@@ -196,14 +196,16 @@ def test_rasters_are_refined_block_by_block(sam_folder, toy_world, tmp_path, pai
         return Sam(sam_folder, points_per_class=1).refine(image, scores, patch_px)
 
     segment_raster(clip, tmp_path / "scene.tif", tmp_path / "map.tif", prompts, refine=refine)
-    # 2250 px are 21 patches of 112 px: blocks of nine patches, and the three that are left.
-    assert [image.shape[1] for image, _, _ in seen] == [1008, 1008, 234]
-    assert [scores.shape for _, scores, _ in seen] == [(2, 3, 9), (2, 3, 9), (2, 3, 3)]
+    # 2250 px are 21 patches of 112 px: blocks of nine patches, and the three that are left, with the patches around.
+    own, shown = [(0, 1008), (1008, 2016), (2016, 2250)], [(0, 1120), (896, 2128), (1904, 2250)]
+    assert [scores.shape for _, scores, _ in seen] == [(2, 3, 10), (2, 3, 11), (2, 3, 4)]
     # The last row and column of patches reach beyond the raster.
     assert {patch_px for _, _, patch_px in seen} == {(112, 112)}
-    np.testing.assert_array_equal(np.concatenate([image for image, _, _ in seen], axis=1), pixels)
+    for (image, _, _), (left, right) in zip(seen, shown, strict=True):
+        np.testing.assert_array_equal(image, pixels[:, left:right])
     with rasterio.open(tmp_path / "map.tif") as file:
         written = file.read(1)
     model = Sam(sam_folder, points_per_class=1)
-    expected = np.concatenate([model.refine(*each).argmax(axis=0) for each in seen], axis=1)
-    np.testing.assert_array_equal(written, expected)
+    for each, (left, right), (west, _) in zip(seen, own, shown, strict=True):
+        expected = model.refine(*each).argmax(axis=0)[:, left - west : right - west]
+        np.testing.assert_array_equal(written[:, left:right], expected)

@@ -1,3 +1,4 @@
+import os
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from training.encoders import encode_patches, encode_texts, load_clip
 from training.zero_shot.classify import class_embeddings
 from training.zero_shot.prompts import PromptSet
 from training.zero_shot.raster import NODATA, RasterOptions, pixel_size_m, segment_raster
-from training.zero_shot.segment import segment
+from training.zero_shot.segment import segment, spread
 
 NAMES = ("red", "green", "blue", "yellow")
 PROMPTS = PromptSet({name: (name,) for name in NAMES}, ("a photo of {}",))
@@ -167,6 +168,26 @@ def test_no_number_is_no_data(clip, checkered, tmp_path, nodata):
     assert ((read(made.path)[0] == NODATA) == np.isnan(image[..., 1])).all()
 
 
+def test_blocks_that_are_refined_have_no_seams(clip, paint, tmp_path):
+    # Classes change at a block's border, as blocks are about 1024 pixels.
+    squares = np.random.default_rng(0).integers(4, size=(12, 12))
+    rows = [
+        np.concatenate(list(paint([NAMES[n] for n in row], 112, np.random.default_rng(1))), 1)
+        for row in squares
+    ]
+    image = np.concatenate(rows)
+    source = write(tmp_path / "scene.tif", image)
+    plain = segment_raster(clip, source, tmp_path / "a.tif", PROMPTS)
+    same = segment_raster(
+        clip,
+        source,
+        tmp_path / "b.tif",
+        PROMPTS,
+        refine=lambda pixels, scores, patch_px: spread(scores, patch_px, pixels.shape[:2]),
+    )
+    assert (read(plain.path)[0] == read(same.path)[0]).mean() > 0.9999
+
+
 def test_bands_follow_their_colours(clip, checkered, tmp_path):
     image, truth = checkered
     swapped = np.concatenate([image[..., ::-1], image[..., :1]], axis=-1)
@@ -220,7 +241,7 @@ def test_the_command_line_segments_by_words(toy_world, checkered, tmp_path, monk
     from graft_pipeline.cli import app
 
     monkeypatch.setenv("GRAFT_ROOT", str(tmp_path / "data"))
-    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "none.env"))
+    monkeypatch.setenv("GRAFT_ENV_FILE", os.devnull)
     image, truth = checkered
     source = write(tmp_path / "scene.tif", image)
     arguments = ["segment", str(source), *NAMES, "-o", str(tmp_path / "map.tif")]

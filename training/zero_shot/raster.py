@@ -351,28 +351,42 @@ def _refined_rows(
     reader: _Reader,
     refine: Refine,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """As `_pixel_rows`, with the scores of each block refined by its pixels."""
-    down, along = max(1, round(_REFINED_PX / grid.patch_y)), max(1, round(_REFINED_PX / grid.patch_x))
-    for first in range(0, grid.rows, down):
-        last = min(first + down, grid.rows)
-        scores = np.stack([next(patch_rows) for _ in range(first, last)]).transpose(2, 0, 1)
-        top, bottom = (
-            int(first * grid.patch_y),
-            file.height if last == grid.rows else int(last * grid.patch_y),
-        )
-        block = np.empty((bottom - top, file.width), dtype=np.uint8)
-        for start in range(0, grid.columns, along):
-            end = min(start + along, grid.columns)
-            left, right = (
-                int(start * grid.patch_x),
-                file.width if end == grid.columns else int(end * grid.patch_x),
-            )
-            shape = (bottom - top, right - left)
-            pixels = reader.pixels(Window(left, top, shape[1], shape[0]), shape)
-            refined = refine(pixels, scores[:, :, start:end], (grid.patch_y, grid.patch_x))
-            block[:, left:right] = refined.argmax(axis=0)
-        block[reader.is_missing(top, len(block))] = NODATA
-        yield top, block
+    """As `_pixel_rows`, with the scores of each block refined by its pixels.
+
+    Blocks are refined with the patches around them, between which scores are interpolated across their borders.
+    """
+
+    def down(patch: int) -> int:
+        return file.height if patch >= grid.rows else int(patch * grid.patch_y)
+
+    def along(patch: int) -> int:
+        return file.width if patch >= grid.columns else int(patch * grid.patch_x)
+
+    upper: list[NDArray[np.float32]] = []
+    for first, last, above, below in _blocks(grid.rows, grid.patch_y):
+        upper += [next(patch_rows) for _ in range(below - above - len(upper))]
+        scores = np.stack(upper).transpose(2, 0, 1)
+        block = np.empty((down(last) - down(first), file.width), dtype=np.uint8)
+        for start, end, west, east in _blocks(grid.columns, grid.patch_x):
+            shape = (down(below) - down(above), along(east) - along(west))
+            pixels = reader.pixels(Window(along(west), down(above), shape[1], shape[0]), shape)
+            refined = refine(pixels, scores[:, :, west:east], (grid.patch_y, grid.patch_x)).argmax(axis=0)
+            rows = slice(down(first) - down(above), down(last) - down(above))
+            block[:, along(start) : along(end)] = refined[
+                rows, along(start) - along(west) : along(end) - along(west)
+            ]
+        block[reader.is_missing(down(first), len(block))] = NODATA
+        yield down(first), block
+        # The block's last patches are above the next one.
+        upper = upper[last - 1 - above :]
+
+
+def _blocks(patches: int, patch_px: float) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks along an axis: first patch, the one behind the last, and the same with a patch more on either side."""
+    step = max(1, round(_REFINED_PX / patch_px))
+    for first in range(0, patches, step):
+        last = min(first + step, patches)
+        yield first, last, max(0, first - 1), min(last + 1, patches)
 
 
 def _neighbours(place: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
