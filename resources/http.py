@@ -41,6 +41,8 @@ MAX_RETRY_AFTER_S = 120.0
 #: answer in ten fails, one item in ten million fails for that alone: a region comes out the same.
 DEFAULT_WAIT: tenacity.wait.wait_base = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
 DEFAULT_ATTEMPTS = 7
+#: How long a service that does not say it is left alone when it first finds requests too many; then twice as long.
+FIRST_PAUSE_S = 1.0
 #: Longest wait after an answer that came at once, but was not what was asked for.
 QUICK_WAIT_S = 0.25
 
@@ -454,7 +456,9 @@ class Pace:
         self._name = name
         self._turn = threading.Lock()
         self._slots = threading.BoundedSemaphore(concurrency)
+        self._pausing = threading.Lock()
         self._paused_until = 0.0
+        self._next_pause_s = FIRST_PAUSE_S
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -470,13 +474,25 @@ class Pace:
                         time.sleep(self._step_s)
             yield
 
-    def pause(self, seconds: float) -> None:
-        """Let no request begin for a while, of any thread: the service asked for it.
+    def pause(self, seconds: float | None) -> None:
+        """Let no request begin for a while, of any thread: the service finds them too many.
 
         Args:
-            seconds: from now.
+            seconds: from now, as it asked for. None: twice as long as the last time; answers to requests that were
+                under way together count once.
         """
-        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+        now = time.monotonic()
+        with self._pausing:
+            if seconds is None:
+                if now < self._paused_until:
+                    return
+                seconds = self._next_pause_s
+                self._next_pause_s = min(2 * seconds, MAX_RETRY_AFTER_S)
+            self._paused_until = max(self._paused_until, now + seconds)
+
+    def ease(self) -> None:
+        """Note that the service takes requests: the next pause is a short one again."""
+        self._next_pause_s = FIRST_PAUSE_S
 
 
 class Breaker:

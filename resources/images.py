@@ -217,9 +217,11 @@ class ImageFetcher:
                 raise TransientError("truncated", str(error)) from None
             except ConnectionError as error:
                 raise TransientError("connection", str(error)) from None
-            if answer.status == 429 and answer.retry_after_s:
-                # It is we who are too fast, not this photo: all threads wait.
+            if answer.status == 429:
+                # It is we who are too fast, not this photo: all threads wait. Flickr does not say how long.
                 pace.pause(answer.retry_after_s)
+            else:
+                pace.ease()
             if not 300 <= answer.status < 400:
                 self._check_status(url, answer)
                 return answer

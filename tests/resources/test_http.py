@@ -1,6 +1,7 @@
 import gzip
 import logging
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -243,3 +244,22 @@ def test_nobody_waits_for_ever_while_others_get_turn_after_turn() -> None:
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(keep_asking, range(20)))
     assert min(turns[number] for number in range(20)) >= 10
+
+
+def test_pauses_that_a_service_does_not_measure_double(monkeypatch) -> None:
+    monkeypatch.setattr("resources.http.FIRST_PAUSE_S", 0.1)
+    slept, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
+    pace = Pace("service", concurrency=1, requests_per_second=None)
+
+    def pause() -> float:
+        slept.clear()
+        for _ in range(10):
+            # Ten requests were under way.
+            pace.pause(None)
+        with pace.slot():
+            return sum(slept)
+
+    assert 0.1 < pause() + pause() + pause() <= 0.1 + 0.2 + 0.4
+    pace.ease()
+    assert pause() <= 0.1

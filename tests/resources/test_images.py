@@ -289,7 +289,7 @@ def test_silent_server_is_asked_again(scripted, reply):
         ({"status": 410}, "gone", True, 1),
         ({"status": 403}, "forbidden", False, 1),
         ({"status": 400}, "refused", True, 1),
-        ({"status": 429}, "rate_limited", False, 3),
+        ({"status": 429, "headers": {"Retry-After": "0"}}, "rate_limited", False, 3),
         ({"status": 500}, "unavailable", False, 3),
         ({"hangs": True}, "timeout", False, 3),
         ({"body": GOOD[:500], "announced": len(GOOD)}, "truncated", False, 3),
@@ -416,8 +416,9 @@ def test_the_pace_of_a_host_is_kept(scripted, reply):
     assert time.monotonic() - started > 10 / 20 - 0.1
 
 
-def test_a_host_that_asks_to_wait_is_left_alone_by_all_threads(scripted, reply):
-    arrived, waits = [], iter([{"status": 429, "headers": {"Retry-After": "1"}}])
+@pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {}])
+def test_a_host_that_asks_to_wait_is_left_alone_by_all_threads(scripted, reply, headers):
+    arrived, waits = [], iter([{"status": 429, "headers": headers}])
 
     def respond(request):
         arrived.append(time.monotonic())
