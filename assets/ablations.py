@@ -109,7 +109,7 @@ def build_ablations(sensor: Sensor, settings: Settings) -> dg.AssetsDefinition:
                 training = training_of(variant, seed, snapshot, sensor, config, world, storage, foundation)
                 report = progress.task(f"{sensor.name} {variant.name}, seed {seed}")
                 trained = launch(context, world, training, report)
-                table = with_row(table, decided | results(trained, made, training.output))
+                table = with_row(table, decided | results(trained, made, training.output, sensor.crop_px))
                 changed |= storage.write(schemas.ABLATIONS, table, sensor=sensor.name)
         table = storage.read(schemas.ABLATIONS, sensor=sensor.name)
         table = table.filter(pc.equal(table["setup_id"], setup_id))
@@ -188,18 +188,17 @@ def training_of(
     )
 
 
-def results(trained: Trained, made: Benchmark, output: UPath) -> dict[str, Any]:
+def results(trained: Trained, made: Benchmark, output: UPath, crop_px: int) -> dict[str, Any]:
     """Costs and scores of a trained encoder by column of the table."""
     from training.zero_shot.prompts import load_prompts
     from training.zero_shot.scoring import score_images, score_segmentation
 
     encoder = {"encoder": local_model(output / "encoder", "auto")}
     prompts = load_prompts("planet")
-    images = score_images(encoder, made.chips, made.labels, prompts.restricted_to(made.classes))
+    images = score_images(encoder, made.chips, made.labels, prompts.restricted_to(made.classes), crop_px)
     classes = prompts.restricted_to(made.all_classes)
-    metrics = (
-        images.metrics | score_segmentation(encoder, made.segmentation_chips, made.masks, classes).metrics
-    )
+    segmented = score_segmentation(encoder, made.segmentation_chips, made.masks, classes, crop_px)
+    metrics = images.metrics | segmented.metrics
     return {
         "train_tiles": trained.result["train_tiles"],
         "train_pairs": trained.result["train_photos"],

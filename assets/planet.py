@@ -161,7 +161,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             "foundation": local_model(storage.models_folder / "foundation", "auto"),
         }
         prompts = load_prompts("planet").restricted_to(made.classes)
-        scores = score_images(contenders, made.chips, made.labels, prompts)
+        scores = score_images(contenders, made.chips, made.labels, prompts, sensor.crop_px)
         pictures = {
             "accuracy_and_mAP": previews.bars(
                 previews.by_metric(scores.metrics),
@@ -198,7 +198,7 @@ def build_planet_assets(sensor: Sensor) -> list[dg.AssetsDefinition]:
             "foundation": local_model(storage.models_folder / "foundation", "auto"),
         }
         prompts = load_prompts("planet").restricted_to(made.all_classes)
-        scores = score_segmentation(contenders, made.segmentation_chips, made.masks, prompts)
+        scores = score_segmentation(contenders, made.segmentation_chips, made.masks, prompts, sensor.crop_px)
         pictures = {
             "segmentation": previews.bars(
                 previews.by_metric(scores.metrics),

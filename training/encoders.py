@@ -344,7 +344,12 @@ def encode_images(
 
 @torch.inference_mode()
 def encode_patches(
-    clip: Clip, chips: NDArray[np.uint8], *, crop_px: int = CROP_PX, batch_size: int = 64
+    clip: Clip,
+    chips: NDArray[np.uint8],
+    *,
+    crop_px: int = CROP_PX,
+    footprint_px: int = CROP_PX,
+    batch_size: int = 64,
 ) -> NDArray[np.float32]:
     """f_S^P of the central crop of chips.
 
@@ -355,6 +360,7 @@ def encode_patches(
         clip: satellite encoder, or the frozen foundation model as baseline.
         chips: (N, H, H, 3) uint8 RGB at the sensor's own resolution, H at least `crop_px`.
         crop_px: side of the central square that is shown.
+        footprint_px: side of what the tower's own input shows: the sensor's crop.
         batch_size: images encoded at once.
 
     Returns:
@@ -364,11 +370,11 @@ def encode_patches(
         InputError: if the chips are not square RGB images, smaller than the crop, or the crop is no whole
             number of patches.
     """
-    if crop_px * clip.image_px % CROP_PX:
+    if crop_px * clip.image_px % footprint_px:
         raise InputError(
-            f"A crop of {crop_px} px is no whole number of model pixels ({clip.image_px} per {CROP_PX})."
+            f"A crop of {crop_px} px is no whole number of model pixels ({clip.image_px} per {footprint_px})."
         )
-    side_px = crop_px * clip.image_px // CROP_PX
+    side_px = crop_px * clip.image_px // footprint_px
     tower = clip.model.visual
     check_patch_tower(tower)
     batches = [patch_features(tower, pixels) for pixels in _inputs(clip, chips, crop_px, side_px, batch_size)]

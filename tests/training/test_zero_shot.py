@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, jaccard_score
 
 from graft_pipeline.errors import InputError
+from training.encoders import encode_patches
 from training.foundation import FoundationConfig, new_clip
 from training.zero_shot.classify import class_embeddings, classify
 from training.zero_shot.metrics import score
@@ -267,3 +268,17 @@ def test_segmentation_scores_of_each_contender_and_of_chance(contenders):
     assert set(scores.by_class) == {"encoder", "foundation", "chance"}
     with pytest.raises(InputError, match="Masks must be"):
         score_segmentation(contenders, chips, masks[:, :100], load_prompts("planet"))
+
+
+def test_a_sensor_with_other_crops_is_scored_as_it_is_trained(contenders):
+    random = np.random.default_rng(0)
+    # Crops of 32 px fill the input as they are; the same ground in crops of 224 px does after the averaging.
+    chips = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    enlarged = chips.repeat(7, axis=1).repeat(7, axis=2)
+    prompts = load_prompts("planet")
+    found = score_images(contenders, chips, np.arange(12), prompts, 32)
+    assert found.metrics == score_images(contenders, enlarged, np.arange(12), prompts).metrics
+    patches = encode_patches(contenders["encoder"], chips, crop_px=32, footprint_px=32)
+    np.testing.assert_array_equal(patches, encode_patches(contenders["encoder"], enlarged))
+    masks = random.integers(0, 12, (12, 32, 32)).astype(np.uint8)
+    assert score_segmentation(contenders, chips, masks, prompts, 32).maps["encoder"].shape == masks.shape

@@ -56,7 +56,11 @@ class SegmentationScores:
 
 
 def score_images(
-    contenders: Mapping[str, Clip], chips: NDArray[np.uint8], labels: NDArray[np.int64], prompts: PromptSet
+    contenders: Mapping[str, Clip],
+    chips: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    prompts: PromptSet,
+    crop_px: int = CROP_PX,
 ) -> ImageScores:
     """Classify and retrieve labelled chips by text alone.
 
@@ -65,6 +69,7 @@ def score_images(
         chips: (N, H, H, 3) uint8 RGB; the central crop is used.
         labels: (N,) class numbers, as in `prompts.names`.
         prompts: the classes in words.
+        crop_px: side of the central crop, which is the sensor's.
 
     Returns:
         The scores.
@@ -78,7 +83,7 @@ def score_images(
     classification, top = {}, {}
     for name, clip in contenders.items():
         classes = class_embeddings(prompts, partial(encode_texts, clip))
-        images = encode_images(clip, chips)
+        images = encode_images(clip, chips, crop_px=crop_px)
         scores = class_scores(images, classes)
         classification[name] = score(labels, scores.argmax(axis=1), prompts.names)
         _enter(metrics, name, image_metrics(scores, is_of_class, is_multi_label=False))
@@ -90,15 +95,20 @@ def score_images(
 
 
 def score_segmentation(
-    contenders: Mapping[str, Clip], chips: NDArray[np.uint8], masks: NDArray[np.integer], prompts: PromptSet
+    contenders: Mapping[str, Clip],
+    chips: NDArray[np.uint8],
+    masks: NDArray[np.integer],
+    prompts: PromptSet,
+    crop_px: int = CROP_PX,
 ) -> SegmentationScores:
     """Segment chips by text alone.
 
     Args:
         contenders: models by name, such as the pixel-level encoder and the frozen foundation model's patches.
         chips: (N, H, H, 3) uint8 RGB; the central crop is used.
-        masks: (N, 224, 224) class numbers of the central crop, as in `prompts.names`; others are ignored.
+        masks: (N, crop_px, crop_px) class numbers of the central crop, as in `prompts.names`; others are ignored.
         prompts: the classes in words.
+        crop_px: side of the central crop, which is the sensor's.
 
     Returns:
         The scores.
@@ -106,13 +116,14 @@ def score_segmentation(
     Raises:
         InputError: if the masks are not those of the chips' central crops.
     """
-    if masks.shape != (len(chips), CROP_PX, CROP_PX):
-        raise InputError(f"Masks must be ({len(chips)}, {CROP_PX}, {CROP_PX}), got {masks.shape}.")
+    if masks.shape != (len(chips), crop_px, crop_px):
+        raise InputError(f"Masks must be ({len(chips)}, {crop_px}, {crop_px}), got {masks.shape}.")
     metrics: Metrics = {"segmentation": {}}
     by_class, maps = {}, {}
     for name, clip in contenders.items():
         classes = class_embeddings(prompts, partial(encode_texts, clip))
-        maps[name] = segment(encode_patches(clip, chips), classes, CROP_PX)
+        patches = encode_patches(clip, chips, crop_px=crop_px, footprint_px=crop_px)
+        maps[name] = segment(patches, classes, crop_px)
         by_class[name] = score(masks, maps[name], prompts.names)
     random = np.random.default_rng(0)
     by_class[CHANCE] = score(
