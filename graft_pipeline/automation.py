@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-# Not public: statuses of runs that go on, and tags that Dagster itself obeys.
-from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+# Not public: tags that Dagster itself obeys.
 from dagster._core.storage.tags import MAX_RUNTIME_SECONDS_TAG, PRIORITY_TAG
 
 from assets.reporting import OWNERS
@@ -23,8 +22,9 @@ from graft_pipeline.instance import (
     data_versions,
     failed_checks,
     failed_in_regions,
-    last_made,
+    last_events,
     latest,
+    open_attempt,
     region_states,
 )
 from graft_pipeline.provenance import fingerprint
@@ -260,7 +260,7 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
         for name in names:
             keys, inputs, reason = _due_for_learning(context.instance, name, cursor.get(name), interval)
             if keys:
-                run_key = fingerprint([key.path for key in keys], inputs, last_made(context.instance, keys))
+                run_key = fingerprint([key.path for key in keys], inputs, last_events(context.instance, keys))
                 tags = {**IN_BACKGROUND, "graft/sensor": name, "graft/reason": reason}
                 requests.append(dg.RunRequest(run_key=run_key, asset_selection=keys, tags=tags))
                 if keys[0].path[-1] == "training_set":
@@ -290,17 +290,22 @@ def _due_for_learning(
 ) -> tuple[list[dg.AssetKey], str, str]:
     """What of a sensor's learning is due: its keys (none: nothing), its input's fingerprint, and why or why not."""
     training_set, *encoders = keys_of([sensor], LEARNING)
-    under_way = dg.RunsFilter(job_name="learn", statuses=NOT_FINISHED_STATUSES)
-    for record in instance.get_run_records(under_way):
-        if record.dagster_run.asset_selection is None or training_set.path[0] in {
-            key.path[0] for key in record.dagster_run.asset_selection
-        }:
-            return [], "", "a run of it is queued or in progress"
+    attempts = {key: open_attempt(instance, key) for key in (training_set, *encoders)}
+    if any(attempt is not None and attempt.goes_on for attempt in attempts.values()):
+        return [], "", "a run of it is queued or in progress"
     now = datetime.now(UTC)
+
+    def why_not(key: dg.AssetKey, current: str | None, used: str | None, last: datetime | None) -> str | None:
+        if (reason := incremental.why_not_now(current, used, last, now, interval)) is not None:
+            return reason
+        failed = attempts[key]
+        return None if failed is None else incremental.why_not_again(failed.run_id, failed.at, now)
+
     pairs = data_versions(instance, dg.AssetKey([sensor, "pairs"]))
     inputs = fingerprint(pairs, data_versions(instance, dg.AssetKey("ground_embeddings"))) if pairs else None
     made_at, made = latest(instance, training_set)
-    reason = incremental.why_not_now(inputs, requested, made_at, now, interval)
+    # What was requested last is not made of it if that attempt failed.
+    reason = why_not(training_set, inputs, None if attempts[training_set] else requested, made_at)
     if reason is None:
         if failed := failed_in_regions(instance, region_keys([sensor])):
             shown = "; ".join([*failed[:MOST_SHOWN], *(["..."] if failed[MOST_SHOWN:] else [])])
@@ -313,7 +318,7 @@ def _due_for_learning(
     for encoder in encoders:
         trained_at, trained = latest(instance, encoder)
         used = str(trained.get("training_set", "")).removeprefix("snapshot=") or None
-        reason = incremental.why_not_now(snapshot, used, trained_at, now, interval)
+        reason = why_not(encoder, snapshot, used, trained_at)
         if reason is None:
             due.append(encoder)
         else:

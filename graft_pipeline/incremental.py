@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-#: A region whose last run came to no good end is tried again after so long: by then a service may be well again.
+#: What a run came to no good end with is tried again after so long: by then a service may be well again.
 RETRY_AFTER = timedelta(days=1)
 
 #: What a region is taken to gain a day, at least: it may have woken up since, and none should wait for ever.
@@ -218,6 +218,25 @@ def why_not_now(
     if last is not None and now - last < interval:
         pause = f"{interval / timedelta(hours=1):g} hours"
         return f"it was made {last:%Y-%m-%d %H:%M} UTC, and not again within {pause}"
+    return None
+
+
+def why_not_again(run_id: str, failed_at: datetime, now: datetime) -> str | None:
+    """Why something that a run failed to make is not tried again, in words.
+
+    Args:
+        run_id: of that run.
+        failed_at: when it was created, UTC.
+        now: the present, UTC.
+
+    Returns:
+        The reason; None if it is time.
+    """
+    if now - failed_at < RETRY_AFTER:
+        return (
+            f"run {run_id[:8]} came to no good end: see why and materialise it, or wait until "
+            f"{failed_at + RETRY_AFTER:%Y-%m-%d %H:%M} UTC"
+        )
     return None
 
 

@@ -144,10 +144,45 @@ def partitions_of_backfills(instance: dg.DagsterInstance) -> set[str]:
     return found
 
 
-def last_made(instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]) -> list[int | None]:
-    """Storage ids of the last materialisations of unpartitioned assets."""
-    records = (instance.fetch_materializations(key, limit=1).records for key in keys)
-    return [found[0].storage_id if found else None for found in records]
+@dataclass(frozen=True)
+class Attempt:
+    """The last run that was to make an asset, if it has not.
+
+    Attributes:
+        run_id: its id.
+        at: when it was created, UTC.
+        goes_on: whether it is queued or in progress, and may still.
+    """
+
+    run_id: str
+    at: datetime
+    goes_on: bool
+
+
+def open_attempt(instance: dg.DagsterInstance, key: dg.AssetKey) -> Attempt | None:
+    """The last attempt at an unpartitioned asset, whatever job it is of; None if it came to a good end."""
+    planned = instance.event_log_storage.get_latest_planned_materialization_info(key)
+    if planned is None or (record := instance.get_run_record_by_id(planned.run_id)) is None:
+        return None
+    attempt = Attempt(
+        planned.run_id,
+        record.create_timestamp.replace(tzinfo=UTC),
+        record.dagster_run.status in NOT_FINISHED_STATUSES,
+    )
+    for made in instance.fetch_materializations(key, limit=1).records:
+        if made.run_id == attempt.run_id or (not attempt.goes_on and made.storage_id > planned.storage_id):
+            return None
+    return attempt
+
+
+def last_events(instance: dg.DagsterInstance, keys: Iterable[dg.AssetKey]) -> list[list[int | None]]:
+    """Storage ids of the last materialisations of unpartitioned assets, and of the last plans to make them."""
+    found = []
+    for key in keys:
+        planned = instance.event_log_storage.get_latest_planned_materialization_info(key)
+        made = instance.fetch_materializations(key, limit=1).records
+        found.append([made[0].storage_id if made else None, planned.storage_id if planned else None])
+    return found
 
 
 def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> tuple[datetime | None, dict[str, Any]]:

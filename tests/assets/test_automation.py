@@ -262,6 +262,44 @@ def test_training_keeps_its_interval_and_starts_nothing_twice(deploy: Deploy) ->
     assert "queued or in progress" in str(waiting.skip_message)
 
 
+def start_learning(deployment: Any, key: str, status: dg.DagsterRunStatus) -> str:
+    """A run that somebody started on the asset's own page, as far as that."""
+    job = deployment.definitions.resolve_implicit_global_asset_job_def()
+    run = deployment.instance.create_run_for_job(
+        job.get_subset(asset_selection={dg.AssetKey(key.split("/"))}),
+        asset_selection=frozenset({dg.AssetKey(key.split("/"))}),
+        status=status,
+    )
+    return run.run_id
+
+
+def test_what_somebody_trains_by_hand_is_not_trained_twice(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1")
+    report(deployment, "naip/training_set", fingerprint="a")
+    assert len(due(deployment, "train_on_change", None).run_requests) == 1
+    start_learning(deployment, "naip/image_encoder", dg.DagsterRunStatus.STARTED)
+    assert not due(deployment, "train_on_change", None).run_requests
+
+
+@pytest.mark.parametrize("name", ["training_set", "image_encoder"])
+def test_a_tick_says_which_run_failed_and_waits(deploy: Deploy, name: str) -> None:
+    deployment = deploy(sensors=NAIP, training_min_interval_hours="1e-9")
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    if name == "training_set":
+        report(deployment, "naip/pairs", REGION)
+        cursor = due(deployment, "train_on_change", None).cursor
+    else:
+        cursor = None
+        report(deployment, "naip/training_set", fingerprint="a")
+        report(deployment, "naip/pixel_encoder", training_set="snapshot=a")
+    run_id = start_learning(deployment, f"naip/{name}", dg.DagsterRunStatus.FAILURE)
+    found = due(deployment, "train_on_change", cursor)
+    assert not found.run_requests
+    assert f"run {run_id[:8]} came to no good end" in str(found.skip_message)
+    report(deployment, f"naip/{name}", training_set="snapshot=a", fingerprint="a")
+    assert "no good end" not in str(due(deployment, "train_on_change", cursor).skip_message)
+
+
 @pytest.fixture
 def evaluated(planet: Any, deploy: Deploy) -> Any:
     """A region with images, and a function that evaluates the conditions: what they ask for since its last call."""

@@ -16,6 +16,7 @@ from graft_pipeline.incremental import (
     expected_calls,
     order,
     to_backfill,
+    why_not_again,
     why_not_now,
 )
 
@@ -178,3 +179,8 @@ def test_training_waits_for_changed_input_and_its_interval(
     last = None if hours_ago is None else NOW - timedelta(hours=hours_ago)
     reason = why_not_now(current, used, last, NOW, timedelta(hours=24))
     assert reason is None if words is None else words in str(reason)
+
+
+def test_what_failed_is_tried_again_after_a_day() -> None:
+    assert "run 01234567 " in str(why_not_again("0123456789", NOW, NOW + RETRY_AFTER / 2))
+    assert why_not_again("0123456789", NOW, NOW + RETRY_AFTER) is None
