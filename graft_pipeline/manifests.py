@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -541,6 +542,8 @@ def connect(
     connection.execute("SET TimeZone = 'UTC'; CREATE SCHEMA whole")
     local = is_local(root)
     base = str(Path(str(root)).absolute()) if local else str(root).rstrip("/")
+    # A root may hold what means something in a pattern.
+    base = re.sub(r"([*?\[])", r"[\1]", base)
     if not local:
         connection.register_filesystem(cast("UPath", root).fs)
     for dataset in datasets:
@@ -556,10 +559,12 @@ def connect(
         hive = ", ".join(f"{_quoted(column)}: VARCHAR" for column in dataset.partitions)
         types = f", hive_types = {{{hive}}}" if hive else ""
         source = f"{base}/{pattern}".replace("'", "''")
-        # By name, below a table of every column: files of earlier versions may lack some, here and there or all.
+        files = f"read_parquet('{source}', hive_partitioning = {str(bool(hive)).lower()}{types}, union_by_name = true)"
+        # By name, below a table of every column: files of earlier versions may lack some, here and there or all. And
+        # no others, such as a folder `a=b` of the root makes.
         connection.execute(
-            f"CREATE VIEW {_quoted(name)} AS FROM whole.{_quoted(name)} UNION ALL BY NAME FROM "
-            f"read_parquet('{source}', hive_partitioning = {str(bool(hive)).lower()}{types}, union_by_name = true)"
+            f"CREATE VIEW {_quoted(name)} AS SELECT {', '.join(_quoted(field.name) for field in fields)} "
+            f"FROM (FROM whole.{_quoted(name)} UNION ALL BY NAME FROM {files})"
         )
     return connection
 

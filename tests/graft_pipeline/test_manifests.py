@@ -209,6 +209,18 @@ def test_duckdb_sees_files_of_earlier_versions(root: UPath, older: tuple[int, ..
     assert tables == set(DATASETS)
 
 
+@pytest.mark.parametrize("name", ["a [1] b", "it's", "q*x", "a=b"])
+def test_duckdb_takes_a_root_of_any_name(tmp_path: Path, name: str) -> None:
+    root = UPath(tmp_path / name)
+    row = {"photo_id": "1", "outdoor_score": 0.5, "is_outdoor": True, "classifier_id": "c"}
+    path = manifests.partition_file(root, OUTDOOR_PHOTOS, region="N42W072")
+    manifests.write_table(path, pa.Table.from_pylist([row]), OUTDOOR_PHOTOS)
+    with manifests.connect(root) as connection:
+        view = connection.sql("SELECT * FROM outdoor_photos")
+        assert view.columns == [*OUTDOOR_PHOTOS.schema.names, "region"]
+        assert view.fetchall() == [("1", 0.5, True, "c", "N42W072")]
+
+
 def test_timestamps_stay_utc(root: UPath, make_photos: Callable[..., pa.Table]) -> None:
     uploaded = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
     path = manifests.partition_file(root, FLICKR_PHOTOS, region="N42W072")
