@@ -239,7 +239,12 @@ def build_sensors(settings: Settings, jobs: Mapping[str, Any]) -> list[dg.Sensor
             return dg.SkipReason("No area is registered: graft areas add FILE.")
         number, _, seen = (context.cursor or "0:").partition(":")
         if current == seen:
-            return dg.SkipReason("No area is new or changed.")
+            attempt = open_attempt(context.instance, dg.AssetKey("regions"))
+            if attempt is None or attempt.goes_on:
+                return dg.SkipReason("No area is new or changed.")
+            reason = incremental.why_not_again(attempt.run_id, attempt.at, datetime.now(UTC))
+            if reason is not None:
+                return dg.SkipReason(f"Areas changed, but {reason}.")
         # The number tells a state that comes again from an evaluation that is repeated.
         cursor = f"{int(number) + 1}:{current}"
         return dg.SensorResult(

@@ -160,6 +160,17 @@ def test_a_new_or_changed_area_is_registered_once(deploy: Deploy) -> None:
     assert len(set(keys)) == 3, "an area that comes back is another change"
 
 
+def test_a_tick_says_that_areas_were_not_registered(deploy: Deploy) -> None:
+    deployment = deploy(sensors=NAIP)
+    box(deployment, "here", *SMALL)
+    cursor = due(deployment, "register_new_areas", None).cursor
+    job = deployment.definitions.resolve_job_def("register_regions")
+    run = deployment.instance.create_run_for_job(job, status=dg.DagsterRunStatus.FAILURE)
+    assert run.run_id[:8] in str(due(deployment, "register_new_areas", cursor).skip_message)
+    report(deployment, "regions")
+    assert due(deployment, "register_new_areas", cursor).skip_message == "No area is new or changed."
+
+
 def test_areas_in_a_bucket_are_noticed_too(deploy: Deploy, s3_root: str) -> None:
     deployment = deploy(sensors=NAIP, root=s3_root)
     assert not due(deployment, "register_new_areas", None).run_requests
