@@ -91,7 +91,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> tuple[dict[str, str], 
         "DAGSTER_HOME": str(home),
         # Threads that wait for work sleep: workers share the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GRAFT_ENV_FILE": str(folder / "none.env"),
+        "GRAFT_ENV_FILE": os.devnull,
         "GRAFT_WORLD": "planet",
         "GRAFT_PLANET__URL": f"http://127.0.0.1:{ports['planet']}",
         "GRAFT_ROOT": str(folder / "data"),

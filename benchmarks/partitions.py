@@ -237,7 +237,7 @@ def run(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dict[str
     os.environ |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DAGSTER_HOME": str(home),
-        "GRAFT_ENV_FILE": str(folder / "none.env"),
+        "GRAFT_ENV_FILE": os.devnull,
         "GRAFT_ROOT": str(folder / "data"),
         "GRAFT_WORLD": "planet",
     }

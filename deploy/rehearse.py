@@ -289,7 +289,7 @@ def rehearse(stack: ExitStack, folder: Path, options: argparse.Namespace) -> dic
         "AWS_ACCESS_KEY_ID": "rehearsal",
         "AWS_SECRET_ACCESS_KEY": PASSWORD,
         "AWS_DEFAULT_REGION": "us-east-1",
-        "GRAFT_ENV_FILE": str(folder / "none.env"),
+        "GRAFT_ENV_FILE": os.devnull,
         "GRAFT_WORLD": "planet",
         "GRAFT_PLANET__URL": f"http://127.0.0.1:{ports['planet']}",
         "GRAFT_ROOT": f"s3://{BUCKETS[0]}/data",

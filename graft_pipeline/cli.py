@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error of ours with its message on stderr, 2 wrong usage
 cli_encoders.py.
 """
 
+import io
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 from graft_pipeline import cli_encoders
-from graft_pipeline.cli_shared import open_storage, print_table
+from graft_pipeline.cli_shared import check_output, open_storage, print_table
 from graft_pipeline.errors import GraftError
 
 app = typer.Typer(
@@ -39,11 +40,18 @@ def graft() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors of ours become one line on stderr and exit code 1."""
+    """Run the command line; errors of ours and of the system become one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Titles and tags are in any script, terminals not in UTF-8 alone.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except GraftError as error:
         typer.secho(f"graft: {error}", fg="red", err=True)
+        sys.exit(1)
+    except OSError as error:
+        typer.secho(f"graft: {error}: check that it is there, may be used and has space.", fg="red", err=True)
         sys.exit(1)
 
 
@@ -221,7 +229,7 @@ def photos_purge(
 def query(
     sql: Annotated[str, typer.Argument(help="Any DuckDB SQL; every dataset is a view.")],
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
-    limit: Annotated[int, typer.Option(help="Rows shown at most; 0 shows all.")] = 50,
+    limit: Annotated[int, typer.Option(min=0, help="Rows shown at most; 0 shows all.")] = 50,
 ) -> None:
     """Ask the datasets, for example `graft query "SELECT sensor, count(*) FROM pairs GROUP BY sensor"`."""
     import duckdb
@@ -229,26 +237,40 @@ def query(
     from graft_pipeline.errors import InputError
     from graft_pipeline.manifests import connect
 
-    connection = connect(open_storage().root)
+    storage = open_storage()
+    with storage.explained():
+        connection = connect(storage.root)
     try:
+        # DuckDB fails at characters that are none.
+        sql.encode()
+        if not connection.extract_statements(sql):
+            raise InputError('There is no SQL to run: give a query, such as "SELECT * FROM pairs".')
         cursor = connection.execute(sql)
+        columns = [column[0] for column in cursor.description or []]
+        rows = cursor.fetchmany(limit + 1) if limit else cursor.fetchall()
+    except UnicodeEncodeError:
+        raise InputError("The SQL is no UTF-8: use a locale in UTF-8, such as LC_ALL=C.UTF-8.") from None
     except duckdb.Error as error:
         views = ", ".join(sorted(row[0] for row in connection.execute("SHOW TABLES").fetchall()))
         raise InputError(f"{error}\nViews: {views}. Correct the SQL.") from None
-    columns = [column[0] for column in cursor.description or []]
-    rows = cursor.fetchmany(limit) if limit else cursor.fetchall()
+    except RuntimeError as error:
+        if "interrupted" not in str(error):
+            raise
+        # What DuckDB makes of Ctrl-C.
+        raise KeyboardInterrupt from None
+    has_more = bool(limit) and len(rows) > limit
+    rows = rows[:limit] if has_more else rows
     if csv:
         import csv as csv_module
 
         writer = csv_module.writer(sys.stdout)
         writer.writerow(columns)
         writer.writerows(rows)
+        if has_more:
+            typer.secho(f"Only the first {limit} rows: --limit 0 gives all.", fg="yellow", err=True)
     else:
-        print_table(
-            f"{len(rows)} rows{' (limit)' if limit and len(rows) == limit else ''}",
-            columns,
-            [list(r) for r in rows],
-        )
+        title = f"the first {limit} rows (--limit 0 gives all)" if has_more else f"{len(rows)} rows"
+        print_table(title, columns, [list(r) for r in rows])
 
 
 @app.command()
@@ -258,7 +280,8 @@ def backfill(
         typer.Option(help="Registered area whose regions are meant; repeatable. Default: all."),
     ] = None,
     stale_days: Annotated[
-        float, typer.Option(min=0, help="Leave out regions that were searched within so many days.")
+        float,
+        typer.Option(min=0, max=36500, help="Leave out regions that were searched within so many days."),
     ] = 30.0,
     max_regions: Annotated[
         int | None, typer.Option(min=1, help="So many at most: the missing ones, then those with most news.")
@@ -335,20 +358,22 @@ def trace(
 
     from rich.console import Console
 
+    from graft_pipeline import backfills
     from graft_pipeline import trace as tracing
     from graft_pipeline.settings import load_settings
 
     page = output or (Path("trace.html") if show else None)
+    if page is not None:
+        tracing.check_page_name(page)
+        check_output(page)
     storage = open_storage()
     with storage.explained():
         found = tracing.trace(storage.root, item)
         steps = []
         if os.environ.get("DAGSTER_HOME"):
-            import dagster as dg
-
             from assets.history import history
 
-            with dg.DagsterInstance.get() as instance:
+            with backfills.deployed_instance() as instance:
                 steps = history(instance, found)
         if page is not None:
             sensors = load_settings().sensor_records.values()

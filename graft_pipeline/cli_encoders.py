@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from graft_pipeline.cli_shared import image_clip, open_storage, pixel_clip, print_table, sensor_record
+from graft_pipeline.cli_shared import (
+    check_output,
+    image_clip,
+    open_storage,
+    pixel_clip,
+    print_table,
+    sensor_record,
+)
 
 if TYPE_CHECKING:
     from graft_pipeline.search import SearchIndex
@@ -77,6 +84,7 @@ def segment(
     sam: RefiningSam = None,
 ) -> None:
     """Segment a raster by words alone: `graft segment scene.tif "farmland" "forest" -o map.tif`."""
+    from rich.console import Console
     from rich.progress import Progress
 
     from graft_pipeline.errors import InputError
@@ -87,11 +95,12 @@ def segment(
 
     if bool(words) == bool(prompts):
         raise InputError('Name the classes in words ("farmland" "forest"), or give --prompts, not both.')
+    check_output(output, raster)
     record = sensor_record(load_settings(), sensor)
     wanted = load_prompts(prompts) if prompts else PromptSet.of_words(words or [])
     clip = pixel_clip(open_storage(), sensor, encoder, pretrained)
     options = RasterOptions(gsd_m=record.gsd_m, bands=bands, display_range=values, overlap=overlap)
-    with Progress() as bars:
+    with Progress(console=Console(stderr=True)) as bars:
         task = bars.add_task("Rows of windows", total=None)
         made = segment_raster(
             clip,
@@ -142,6 +151,9 @@ def search(
         raise InputError('Say what is searched for: words ("solar farm"), --like TILE_ID or --photo FILE.')
     if output is not None:
         check_hits_name(output)
+    for written in (output, sheet):
+        if written is not None:
+            check_output(written, area, photo)
     storage = open_storage()
     record = sensor_record(load_settings(), sensor)
     days = [None if day is None else day.date() for day in (since, until)]
@@ -177,7 +189,7 @@ def _query_vector(
     storage: "Storage", index: "SearchIndex", words: str | None, like: str | None, photo: Path | None
 ) -> Any:
     """What is searched for in an index, (D,) float32: words, a tile of it, or a ground photo."""
-    from graft_pipeline.errors import InputError
+    from graft_pipeline.errors import DataError, InputError
     from graft_pipeline.settings import load_settings
     from training.zero_shot.queries import text_vector
 
@@ -192,7 +204,11 @@ def _query_vector(
         content = photo.read_bytes()
     except OSError as error:
         raise InputError(f"{photo}: {error.strerror}. Name an image file.") from error
-    return FoundationModel.of_deployment(load_settings(), storage.models_folder).embed_images([content])[0]
+    model = FoundationModel.of_deployment(load_settings(), storage.models_folder)
+    try:
+        return model.embed_images([content])[0]
+    except DataError as error:
+        raise InputError(f"{photo} is no image that can be decoded: name a JPEG or PNG.") from error
 
 
 @app.command("map")
@@ -233,6 +249,7 @@ def map_concepts(
     from training.zero_shot.queries import text_vector
 
     map_files.check_maps_name(output)
+    check_output(output, area, is_folder=not output.suffix or output.is_dir())
     shown = read_area(area).geometry if area else None
     days = [None if day is None else day.date() for day in (since, until)]
     cells = concept_maps.Squares(cell_km) if cell_km is not None else concept_maps.Hexagons(resolution)
@@ -379,14 +396,18 @@ def ask(
 
     if (question is None) == (program is None):
         raise InputError("Ask a question, or give --program, not both.")
+    if gsd_m is not None and not gsd_m > 0:
+        raise InputError(f"--gsd-m {gsd_m:g} is no size of a pixel: give metres, such as 1.")
+    if evidence is not None:
+        check_output(evidence, image)
     settings, storage = load_settings(), open_storage()
     is_file = Path(image).exists()
     name = sensor or ("naip" if is_file else sensor_of(image).removesuffix(SUFFIX))
-    if name not in settings.sensor_records:
+    if name not in settings.sensor_records and not is_file and sensor is None:
         raise InputError(
-            f"No sensor {name!r}, and no file {image}: use one of {', '.join(settings.sensor_records)}."
+            f"{image!r} is neither a file nor a tile: name an image file, or an id such as naip-30012."
         )
-    record = settings.sensor_records[name]
+    record = sensor_record(settings, name)
     if program is None:
         model = (
             _model_writer() if writer == "endpoint" or (writer == "auto" and settings.answer_url) else None
@@ -476,7 +497,8 @@ def evaluate(
     from training.zero_shot.benchmarks import evaluate_dataset
     from training.zero_shot.tables import save_evaluation, write_evaluation_report
 
-    with Progress() as bars:
+    check_output(output, is_folder=True)
+    with Progress(console=Console(stderr=True)) as bars:
         task = bars.add_task(dataset, total=None)
         made = evaluate_dataset(
             dataset,

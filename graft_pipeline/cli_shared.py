@@ -4,6 +4,7 @@ The commands are in cli.py and cli_encoders.py.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from training.encoders import Clip
 
 
+#: Characters that a column of a table needs at least, its border included.
+_LEAST_COLUMN_WIDTH = 8
+
+
 def open_storage() -> "Storage":
     """The storage of the settings, nothing of a world opened."""
     from graft_pipeline.settings import load_settings
@@ -24,18 +29,57 @@ def open_storage() -> "Storage":
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print rows as a table on stdout; None shows nothing, brackets are no markup."""
+    """Print rows as a table on stdout, column by column where it is too wide; None shows nothing."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    # A pipe has no width of its own: give it room instead of 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if console.width < _LEAST_COLUMN_WIDTH * len(columns):
+        # A table would lose what its cells hold.
+        console.print(Text(title, style="table.title"))
+        for row in rows:
+            lines = [
+                f"{name}: {value}" for name, value in zip(columns, row, strict=True) if value is not None
+            ]
+            console.print(Text("\n".join(["", *lines])), soft_wrap=True)
+        return
     table = Table(title=Text(title, style="table.title"), title_justify="left")
     for column in columns:
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*["" if value is None else Text(str(value)) for value in row])
-    # A pipe has no width of its own: give it room instead of 80 columns.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console.print(table)
+
+
+def check_output(output: Path, *inputs: str | Path | None, is_folder: bool = False) -> None:
+    """Make sure, before the work, that its result can be written where it was asked for.
+
+    Args:
+        output: file to write, or folder to write into; what is above it is made.
+        inputs: what the result is made from: no file that it may replace.
+        is_folder: whether it is a folder.
+
+    Raises:
+        InputError: if it cannot be written, or is one of the inputs.
+    """
+    from graft_pipeline.errors import InputError
+
+    if any(
+        path is not None and Path(path).exists() and output.exists() and output.samefile(path)
+        for path in inputs
+    ):
+        raise InputError(f"{output} is what is read, and would be lost: name another file to write.")
+    folder = output if is_folder else output.parent
+    try:
+        if output.is_dir() and not is_folder:
+            raise IsADirectoryError(None, "Is a directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): name another place.") from error
 
 
 def sensor_record(settings: "Settings", name: str) -> "Sensor":

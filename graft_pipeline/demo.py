@@ -243,6 +243,9 @@ class Runner:
                     "ops": config or {},
                 },
             )
+        except dg.DagsterExecutionInterruptedError:
+            # Ctrl-C: the run is recorded as failed, and the next one goes on.
+            raise KeyboardInterrupt from None
         except (dg.Failure, dg.DagsterError) as failure:
             if isinstance(failure.__cause__, GraftError):
                 raise failure.__cause__ from None

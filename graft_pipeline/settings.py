@@ -3,16 +3,20 @@
 Secrets are SecretStr and come from nowhere else. What single assets may be asked in a run is in assets/.
 """
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from dotenv import dotenv_values
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from graft_pipeline.errors import InputError, SettingsError
 from graft_pipeline.imagery import SENSORS, Sensor, Source
@@ -62,7 +66,7 @@ class SensorSettings(BaseModel, extra="forbid"):
         return Sensor(**given)
 
 
-class PlanetSettings(BaseModel):
+class PlanetSettings(BaseModel, extra="forbid"):
     """The embedded world that answers when no key is set."""
 
     #: Which planet: two seeds are two different worlds.
@@ -82,7 +86,7 @@ class PlanetSettings(BaseModel):
     mounts: dict[str, list[str]] = Field(default_factory=dict)
 
 
-class KubernetesSettings(BaseModel):
+class KubernetesSettings(BaseModel, extra="forbid"):
     """The pod that a training runs in, with `training_launcher` kubernetes."""
 
     #: Image in which this project is installed.
@@ -370,11 +374,25 @@ def load_settings() -> Settings:
         The validated settings of this process's environment.
 
     Raises:
-        SettingsError: if a variable is unknown to the rules above; no value of a secret is repeated.
+        SettingsError: if a variable does not obey the rules above, or is nearly one of them, or the file that
+            GRAFT_ENV_FILE names is not there; no value of a secret is repeated.
     """
     env_file = os.environ.get("GRAFT_ENV_FILE", ".env")
+    # Without it a deployment would talk to another world, and write elsewhere.
+    if env_file not in ("", ".env", os.devnull) and not Path(env_file).is_file():
+        raise SettingsError(f"There is no file {env_file} to read settings from: correct GRAFT_ENV_FILE.")
     try:
+        _refuse_misspelt([*os.environ, *dotenv_values(env_file or os.devnull)])
         return Settings(_env_file=env_file)  # type: ignore[call-arg]
+    except (SourceError, UnicodeDecodeError, OSError) as error:
+        # Neither the error nor its cause repeats the value.
+        if field := re.search(r'for field "(\w+)"', str(error)):
+            what = f"GRAFT_{field[1].upper()} is no JSON such as [1, 2] ({error.__cause__})"
+        else:
+            what = f"{env_file} is no env file ({error})"
+        raise SettingsError(
+            f"Settings are not usable: {what}. Correct the environment or {env_file}."
+        ) from None
     except ValidationError as error:
         problems = "; ".join(
             f"GRAFT_{'__'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
@@ -385,3 +403,16 @@ def load_settings() -> Settings:
         raise SettingsError(
             f"Settings are not usable: {problems}. Correct the environment or {env_file}."
         ) from None
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Refuse variables that are nearly a setting; others that begin alike may be anybody's.
+
+    Kubernetes makes some in every pod: `GRAFT_DAGSTER_WEBSERVER_PORT`.
+    """
+    known = ["GRAFT_ENV_FILE", *(f"GRAFT_{name.upper()}" for name in Settings.model_fields)]
+    for name in names:
+        top = name.upper().partition("__")[0]
+        near = difflib.get_close_matches(top, known, n=1, cutoff=0.85)
+        if top.startswith("GRAFT_") and top not in known and near:
+            raise SettingsError(f"{name} is no setting, and would do nothing: did you mean {near[0]}?")

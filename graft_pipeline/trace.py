@@ -20,7 +20,14 @@ from graft_pipeline.chips import sample_chips
 from graft_pipeline.errors import InputError
 from graft_pipeline.grid import sensor_of
 from graft_pipeline.ground_images import sample_images
-from graft_pipeline.manifests import connect, is_local, partition_file, partition_folder, write_bytes_atomic
+from graft_pipeline.manifests import (
+    connect,
+    is_local,
+    literal,
+    partition_file,
+    partition_folder,
+    write_bytes_atomic,
+)
 from graft_pipeline.schemas import Dataset
 from graft_pipeline.web.licences import licence
 
@@ -174,10 +181,10 @@ def _trace_photo(root: UPath, photo_id: str) -> Trace:
             rows.photo(photo_id, region)
             for sensor in sorted(_values(root, schemas.PAIRS, "sensor")):
                 paired = rows.pairs("photo_id", photo_id, sensor, region)
-                if paired:
-                    sensors.append(sensor)
-                else:
+                if not paired:
                     notes.append(f"on no tile of {sensor} in {region}")
+                elif sensor not in sensors:
+                    sensors.append(sensor)
                 for pair in paired:
                     tile_id = pair["tile_id"]
                     rows.add(f"tile {tile_id}", schemas.TILES, "tile_id", [tile_id], sensor, region)
@@ -294,7 +301,7 @@ def select(
     if (column and not ids) or not file.exists():
         return []
     where = f"WHERE {column} IN ({', '.join('?' * len(ids))})" if column else ""
-    path = file.path if is_local(file) else str(file)
+    path = literal(file.path if is_local(file) else str(file))
     query = f"SELECT * FROM read_parquet(?, hive_partitioning = false) {where}"
     found = database.sql(query, params=[path, *ids]).to_arrow_table()
     return cast("list[dict[str, Any]]", found.to_pylist())
@@ -451,6 +458,10 @@ def tree(found: Trace, steps: Sequence[Step]) -> "Tree":
             values = "  ".join(f"[dim]{name}[/dim] {escape(text)}" for name, text in facts(record))
             branch.add(f"[green]{record.dataset}[/green] [dim]{escape(record.file)}[/dim]\n{values}")
     branch = top.add("[bold cyan]materialisations")
+    if not steps:
+        branch.add(
+            "[yellow]none is known: set DAGSTER_HOME to the absolute path of the deployment's instance"
+        )
     for step in steps:
         took = "" if step.seconds is None else f" in {step.seconds:g} s"
         leaf = branch.add(
@@ -461,6 +472,19 @@ def tree(found: Trace, steps: Sequence[Step]) -> "Tree":
             colour = {"passed": "green", "warns": "yellow"}.get(check.outcome, "red")
             leaf.add(f"[{colour}]{check.outcome}[/{colour}] {check.name}: {escape(check.message)}")
     return top
+
+
+def check_page_name(path: Path) -> None:
+    """Refuse a name that `write_page` would refuse, before an item is looked for.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if it ends in something else than `.html` or `.md`.
+    """
+    if path.suffix not in (".html", ".md"):
+        raise InputError(f"{path} is neither a page nor Markdown: name a file that ends in .html or .md.")
 
 
 def write_page(path: Path, found: Trace, steps: Sequence[Step], drawn: Mapping[str, bytes]) -> None:
@@ -475,15 +499,14 @@ def write_page(path: Path, found: Trace, steps: Sequence[Step], drawn: Mapping[s
     Raises:
         InputError: if it ends otherwise.
     """
+    check_page_name(path)
     if path.suffix == ".html":
         write_bytes_atomic(path, to_html(found, steps, drawn).encode())
-    elif path.suffix == ".md":
+    else:
         files = {name: f"{path.stem}-{name}.jpg" for name in drawn}
         for name, picture in drawn.items():
             write_bytes_atomic(path.with_name(files[name]), picture)
         write_bytes_atomic(path, to_markdown(found, steps, files).encode())
-    else:
-        raise InputError(f"{path} is neither a page nor Markdown: name a file that ends in .html or .md.")
 
 
 def to_html(found: Trace, steps: Sequence[Step], drawn: Mapping[str, bytes]) -> str:

@@ -28,7 +28,7 @@ def _no_settings_from_outside(
         if name.startswith("GRAFT_") or name == "DAGSTER_HOME":
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
-    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path_factory.getbasetemp() / "no.env"))
+    monkeypatch.setenv("GRAFT_ENV_FILE", os.devnull)
 
 
 @pytest.fixture(scope="session")

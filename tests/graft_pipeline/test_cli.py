@@ -3,11 +3,21 @@
 import csv
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import dagster as dg
+import psutil
 import pytest
+
+from graft_pipeline.cli import app
+from graft_pipeline.cli_shared import check_output, print_table
+from graft_pipeline.demo import Runner
+from graft_pipeline.errors import InputError
 
 COMMANDS = [
     [],
@@ -31,8 +41,6 @@ COMMANDS = [
 
 
 def graft(*arguments: str, root: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     variables = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment}
     if root:
         variables["GRAFT_ROOT"] = str(root)
@@ -98,6 +106,92 @@ def test_query_answers_on_an_empty_deployment_and_explains_wrong_sql(tmp_path: P
     wrong = graft("query", "SELECT * FROM no_such_view", root=tmp_path)
     assert wrong.returncode == 1
     assert "flickr_photos" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["-- nothing"], "no SQL"), (["SELECT '\udcff'"], "UTF-8"), (["SELECT 1", "--limit", "-1"], "--limit")],
+)
+def test_a_query_that_cannot_be_asked_is_a_message(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = graft("query", *arguments[1:], "--", arguments[0], root=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_query_says_when_it_shows_not_all_and_prints_in_any_encoding(tmp_path: Path) -> None:
+    numbers = "SELECT 'é漢' || range AS word FROM range(3)"
+    some = graft("query", numbers, "--csv", "--limit", "2", root=tmp_path, PYTHONIOENCODING="ascii")
+    assert some.stdout.split() == ["word", "\\xe9\\u6f220", "\\xe9\\u6f221"]
+    assert "--limit 0" in some.stderr
+    every = graft("query", numbers, "--csv", "--limit", "3", root=tmp_path, PYTHONIOENCODING="utf-8")
+    assert (len(every.stdout.split()), every.stderr) == (4, "")
+
+
+def test_an_interrupted_query_ends_without_a_traceback(tmp_path: Path) -> None:
+    endless = "SELECT sum(random()) FROM range(1000000000000)"
+    command = [sys.executable, "-u", "-m", "graft_pipeline.cli", "query", endless]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        # DuckDB's threads are there once several run.
+        deadline = time.monotonic() + 60
+        while len(psutil.Process(process.pid).threads()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "scene.tif", "forest", "-o", "scene.tif"],
+        ["ask", "scene.tif", "How many lakes are there?", "--evidence", "link.tif"],
+        ["search", "--photo", "scene.tif", "--sheet", "scene.tif"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_read_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    (tmp_path / "scene.tif").write_bytes(b"mine")
+    (tmp_path / "link.tif").symlink_to("scene.tif")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="would be lost"):
+        app(arguments, standalone_mode=False)
+    assert (tmp_path / "scene.tif").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("output", ["file/map.tif", "folder"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output(tmp_path / output)
+
+
+def test_a_table_that_is_too_wide_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [f"column_{number}" for number in range(40)]
+    print_table("wide", columns, [[f"value_{number}" for number in range(40)]])
+    printed = capsys.readouterr().out.splitlines()
+    assert {f"column_{number}: value_{number}" for number in range(40)} <= set(printed)
+
+
+def test_a_run_that_is_interrupted_is_an_interruption() -> None:
+    @dg.asset
+    def endless() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        runner = Runner(dg.Definitions(assets=[endless]), instance)
+        with pytest.raises(KeyboardInterrupt):
+            runner.materialise(dg.AssetKey("endless"))
+        (run,) = instance.get_runs()
+    assert run.status == dg.DagsterRunStatus.FAILURE
 
 
 def test_status_without_anything_says_what_to_do(tmp_path: Path) -> None:

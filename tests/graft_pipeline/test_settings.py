@@ -126,3 +126,39 @@ def test_other_sources_have_sensors_of_their_own_and_need_no_earth_engine(
 def test_settings_can_be_copied_with_other_endpoints() -> None:
     copy = Settings(_env_file=None).model_copy(update={"ee_url": "http://127.0.0.1:1"})
     assert copy.ee_url == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GRAFT_SEARCH_RADIUS", "4", "did you mean GRAFT_SEARCH_RADIUS_KM"),
+        ("GRAFT_PLANET__SEEED", "4", "GRAFT_PLANET__SEEED"),
+        ("GRAFT_SENSORS", "[{", "GRAFT_SENSORS is no JSON"),
+        ("GRAFT_IMAGE_HOSTS", "staticflickr.com", "GRAFT_IMAGE_HOSTS is no JSON"),
+        ("GRAFT_ENV_FILE", "/nowhere/settings.env", "correct GRAFT_ENV_FILE"),
+    ],
+)
+def test_what_would_do_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+def test_a_misspelt_line_and_a_file_that_is_no_text_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "my.env"))
+    (tmp_path / "my.env").write_text("GRAFT_ROOOT=somewhere\n")
+    with pytest.raises(SettingsError, match=r"GRAFT_ROOOT is no setting.*GRAFT_ROOT"):
+        load_settings()
+    (tmp_path / "my.env").write_bytes(b"GRAFT_ROOT=\xff\xd0\n")
+    with pytest.raises(SettingsError, match="no env file"):
+        load_settings()
+
+
+def test_what_kubernetes_puts_into_pods_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "SERVICE_HOST", "DAGSTER_WEBSERVER_PORT_80_TCP_ADDR", "GRID_STRIDE_M__naip"):
+        monkeypatch.setenv(f"GRAFT_{name}", "448")
+    assert load_settings().grid_stride_m == {"naip": 448}

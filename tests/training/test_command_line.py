@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -48,7 +49,7 @@ def test_an_encoder_from_the_command_line(toy_world, tmp_path, monkeypatch):
         "crop_px": 32,
     }
     monkeypatch.setenv("GRAFT_SENSORS", json.dumps([toy]))
-    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("GRAFT_ENV_FILE", os.devnull)
     options = {
         "root": toy_world.root,
         "sensor": "toy",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_graft_ask_answers_with_program_and_evidence(toy_world, root, paint, mon
     words = {name: [name] for name in ("red", "green", "blue", "yellow")}
     (root / "words.json").write_text(json.dumps({"templates": ["a photo of {}"], "classes": words}))
     monkeypatch.setenv("GRAFT_ROOT", str(root))
-    monkeypatch.setenv("GRAFT_ENV_FILE", str(root / "none.env"))
+    monkeypatch.setenv("GRAFT_ENV_FILE", os.devnull)
     monkeypatch.setenv("COLUMNS", "200")
     eyes = ["--encoder", str(toy_world.foundation), "--prompts", str(root / "words.json")]
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def eurosat(tmp_path, paint):
 
 def test_one_command_gives_the_papers_table_with_ours_in_it(eurosat, toy_world, tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFT_ROOT", str(tmp_path / "data"))
-    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "none.env"))
+    monkeypatch.setenv("GRAFT_ENV_FILE", os.devnull)
     command = ["evaluate", "eurosat", "--data", str(eurosat), "-o", str(tmp_path / "report"), "--draws", "2"]
     missing = CliRunner().invoke(app, command)
     assert isinstance(missing.exception, InputError)
