@@ -542,8 +542,7 @@ def connect(
     connection.execute("SET TimeZone = 'UTC'; CREATE SCHEMA whole")
     local = is_local(root)
     base = str(Path(str(root)).absolute()) if local else str(root).rstrip("/")
-    # A root may hold what means something in a pattern.
-    base = re.sub(r"([*?\[])", r"[\1]", base)
+    base = literal(base)
     if not local:
         connection.register_filesystem(cast("UPath", root).fs)
     for dataset in datasets:
@@ -567,6 +566,11 @@ def connect(
             f"FROM (FROM whole.{_quoted(name)} UNION ALL BY NAME FROM {files})"
         )
     return connection
+
+
+def literal(path: str) -> str:
+    """A path as DuckDB takes it, which reads patterns: folders of people may have names that mean something there."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
 
 
 def _quoted(name: str) -> str:
