@@ -128,6 +128,8 @@ class TrainConfig:
             "batch_tiles",
             "photos_per_tile",
             "learning_rate",
+            # 0 would scale every gradient to nothing, not leave it as it is.
+            "grad_clip",
             "temperature",
             "validate_every",
             "accumulation_steps",
@@ -138,6 +140,19 @@ class TrainConfig:
         wrong = [name for name in positive if getattr(self, name) is not None and getattr(self, name) <= 0]
         if wrong:
             raise InputError(f"{', '.join(wrong)} of a TrainConfig must be positive.")
+        not_negative = (
+            "warmup_steps",
+            "weight_decay",
+            "max_shift",
+            "validation_tiles",
+            "chip_memory_gb",
+            "seed",
+        )
+        wrong = [name for name in not_negative if getattr(self, name) < 0]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)} of a TrainConfig must not be negative.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError("betas of a TrainConfig must be at least 0 and below 1.")
         if min(self.photo_weight, self.alt_text_weight) < 0 or self.photo_weight + self.alt_text_weight == 0:
             raise InputError(
                 "photo_weight and alt_text_weight of a TrainConfig must not be negative nor both 0."

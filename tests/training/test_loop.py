@@ -402,6 +402,12 @@ def test_a_photo_under_two_tiles_is_found_by_both():
 def test_configurations_and_devices_that_cannot_work_are_refused():
     with pytest.raises(InputError, match="steps, temperature"):
         TrainConfig(level="image", steps=0, temperature=0)
+    with pytest.raises(InputError, match="grad_clip of a TrainConfig must be positive"):
+        TrainConfig(level="image", grad_clip=0)
+    with pytest.raises(InputError, match="validation_tiles, seed of a TrainConfig must not be negative"):
+        TrainConfig(level="image", seed=-1, validation_tiles=-1)
+    with pytest.raises(InputError, match="betas"):
+        TrainConfig(level="image", betas=(0.9, 1.0))
     with pytest.raises(InputError, match="precision of a TrainConfig must be one of fp32, bf16"):
         TrainConfig(level="image", precision="fp8")
     with pytest.raises(InputError, match="not known"):
