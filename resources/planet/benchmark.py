@@ -15,7 +15,7 @@ from upath import UPath
 
 from graft_pipeline import chips as chip_rules
 from graft_pipeline import scenes as scene_rules
-from graft_pipeline.errors import DataError, ItemError
+from graft_pipeline.errors import DataError, InputError, ItemError
 from graft_pipeline.geometry import Grid, Projection, utm_epsg
 from graft_pipeline.imagery import ImagerySource, Sensor
 from graft_pipeline.manifests import write_bytes_atomic
@@ -112,6 +112,9 @@ def build_benchmark(
 
     Returns:
         The benchmark.
+
+    Raises:
+        InputError: if no scene shows a crop of the area.
     """
     rng = np.random.default_rng([seed, 0xBE7C4])
     west, south, east, north = bounds
@@ -136,19 +139,21 @@ def build_benchmark(
             "%d of %d benchmark crops have no usable scene and are left out", (~kept).sum(), len(kept)
         )
     split = len(grids)
-    empty = np.zeros((0, sensor.crop_px, sensor.crop_px, 3), np.uint8)
+    # Crops without a scene may leave too few of a class.
+    counts = np.bincount(labels[kept[:split]], minlength=len(labelled))
+    kept[:split] &= counts[labels] >= MIN_CHIPS
+    side = sensor.crop_px
+    blank = np.zeros((side, side, 3), np.uint8)
+    crops = np.stack([blank if array is None else array for array in pixels])
+    masks = [truth.land_cover(grid) for grid, k in zip(mask_grids, kept[split:], strict=True) if k]
     return Benchmark(
         all_classes=tuple(truth.classes),
         palette=truth.palette,
-        classes=tuple(labelled),
-        chips=np.stack([a for a in pixels[:split] if a is not None] or list(empty))
-        if kept[:split].any()
-        else empty,
-        labels=labels[kept[:split]],
-        segmentation_chips=np.stack([a for a in pixels[split:] if a is not None])
-        if kept[split:].any()
-        else empty,
-        masks=np.stack([truth.land_cover(g) for g, k in zip(mask_grids, kept[split:], strict=True) if k]),
+        classes=tuple(name for name, count in zip(labelled, counts, strict=True) if count >= MIN_CHIPS),
+        chips=crops[:split][kept[:split]],
+        labels=np.unique(labels[kept[:split]], return_inverse=True)[1],
+        segmentation_chips=crops[split:][kept[split:]],
+        masks=np.array(masks, np.uint8).reshape(-1, side, side),
         squares=np.array([square_of(g) for g, k in zip([*grids, *mask_grids], kept, strict=True) if k]),
     )
 
@@ -250,6 +255,9 @@ def fetch_crops(
 
     Returns:
         (P, P, 3) uint8 RGB each, None where no scene has all its pixels.
+
+    Raises:
+        InputError: if there is no crop at all.
     """
     listed = scene_rules.scene_rows(imagery.list_scenes(sensor, bounds), sensor)
     candidates = scene_rules.candidates_for_grids(
@@ -274,4 +282,9 @@ def fetch_crops(
             results.append(array)
             if progress:
                 progress(done, len(grids))
+    if all(array is None for array in results):
+        raise InputError(
+            f"No scene of {sensor.collection} shows a crop of {bounds}: set GRAFT_BENCHMARK_BOUNDS to a larger area, or "
+            "to one that the collection covers."
+        )
     return results

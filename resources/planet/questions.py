@@ -185,6 +185,9 @@ def build_questions(
 
     Returns:
         The images and questions; answers of a type are as frequent as each other where there are enough of each.
+
+    Raises:
+        InputError: if no scene shows an image of the area.
     """
     rng = np.random.default_rng([seed, 0x9E57])
     places = _places(truth, sensor, bounds, images, rng)
@@ -202,9 +205,7 @@ def build_questions(
         own = [number for number in range(len(grids)) if splits[number] == split]
         wanted = per_type if split == "test" else per_type // 3
         questions += _ask(own, [things[number] for number in own], sensor, wanted, rng)
-    side = sensor.chip_px
-    pixels = np.stack(kept) if kept else np.zeros((0, side, side, 3), np.uint8)
-    return PlanetQuestions(pixels, grids, splits, tuple(questions))
+    return PlanetQuestions(np.stack(kept), grids, splits, tuple(questions))
 
 
 def _places(
