@@ -284,7 +284,7 @@ def fetch_crops(
                 progress(done, len(grids))
     if all(array is None for array in results):
         raise InputError(
-            f"No scene of {sensor.collection} shows a crop of {bounds}: set GRAFT_BENCHMARK_BOUNDS to a larger area, or "
-            "to one that the collection covers."
+            f"No scene of {sensor.collection} shows a crop of {bounds}: set GRAFT_BENCHMARK_BOUNDS to a larger area, "
+            "or to one that the collection covers."
         )
     return results
