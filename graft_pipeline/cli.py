@@ -113,7 +113,7 @@ def planet_serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a planet on loopback until interrupted; point GRAFT_PLANET__URL at it."""
+    """Serve a planet on loopback until interrupted; point GRAFT_PLANET__URL and GRAFT_PLANET__SEED at it."""
     from graft_pipeline.settings import load_settings
     from resources.planet.process import serve
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from pydantic import SecretStr
 
-from graft_pipeline.errors import ServiceError
+from graft_pipeline.errors import ServiceError, SettingsError
 from graft_pipeline.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,28 @@ def open_world(settings: Settings) -> Iterator[Settings]:
 
     Raises:
         InputError: if a mounted file is not usable.
+        SettingsError: if the planet at `planet.url` is another one than `planet.seed` says.
         ServiceError: if no planet answers at `planet.url`, or a new one does not start.
     """
     if not settings.is_planet:
         yield settings
         return
 
-    from resources.planet.process import PlanetServer, is_healthy
+    from resources.planet.process import PlanetServer, seed_at
 
     planet = settings.planet
     if planet.url is not None:
-        if not is_healthy(planet.url):
+        found = seed_at(planet.url)
+        if found is None:
             raise ServiceError(
                 f"No planet answers at {planet.url} (GRAFT_PLANET__URL): start it with `graft planet serve`, "
                 "or unset the variable so that each run starts its own."
+            )
+        if found != planet.seed:
+            # The storage keeps worlds apart by the seed in the settings.
+            raise SettingsError(
+                f"The planet at {planet.url} (GRAFT_PLANET__URL) has seed {found}, and this deployment's data is of "
+                f"seed {planet.seed}: unset the variable, or set GRAFT_PLANET__SEED={found} with a GRAFT_ROOT of its own."
             )
         yield _pointed_at(settings, planet.url)
         return

@@ -206,17 +206,24 @@ class PlanetServer:
         self.stop()
 
 
-def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
-    """Whether a planet answers at a URL."""
+def seed_at(url: str, timeout_s: float = 5.0) -> int | None:
+    """Seed of the planet that answers at a URL; None if none does."""
     try:
         answer = requests.get(f"{url.rstrip('/')}/healthz", timeout=timeout_s)
-        return answer.ok and answer.json().get("service") == "graft-planet"
-    except (requests.RequestException, ValueError, AttributeError):
-        return False
+        found = answer.json()
+        return int(found["seed"]) if answer.ok and found["service"] == "graft-planet" else None
+    except (requests.RequestException, ValueError, LookupError, TypeError):
+        return None
+
+
+def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
+    """Whether a planet answers at a URL."""
+    return seed_at(url, timeout_s) is not None
 
 
 def _announce(url: str) -> None:
-    sys.stdout.write(f"A planet answers at {url} (GRAFT_PLANET__URL={url}). Ctrl-C ends it.\n")
+    variables = f"GRAFT_PLANET__URL={url} GRAFT_PLANET__SEED={seed_at(url)}"
+    sys.stdout.write(f"A planet answers at {url} ({variables}). Ctrl-C ends it.\n")
     sys.stdout.flush()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from graft_pipeline.errors import InputError, ServiceError
+from graft_pipeline.errors import InputError, ServiceError, SettingsError
 from graft_pipeline.settings import Settings
 from resources.planet import process
 from resources.planet.process import PlanetServer, is_healthy, serve
@@ -210,6 +210,18 @@ def test_a_named_planet_has_to_answer(planet: Any, unused_port: int) -> None:
         open_world(Settings(planet={"url": f"http://127.0.0.1:{unused_port}"}, _env_file=None)),
     ):
         pass
+
+
+def test_a_named_planet_is_the_one_of_the_settings(make_planet: Callable[..., Any]) -> None:
+    """Its photos would mix with those of another seed, under whose name the storage keeps them."""
+    other = make_planet(seed=7)
+    with (
+        pytest.raises(SettingsError, match=r"GRAFT_PLANET__SEED=7"),
+        open_world(Settings(planet={"url": other.url}, _env_file=None)),
+    ):
+        pass
+    with open_world(Settings(planet={"url": other.url, "seed": 7}, _env_file=None)) as world:
+        assert world.ee_url == other.url
 
 
 def test_the_planet_ends_when_the_run_fails() -> None:
