@@ -55,7 +55,7 @@ def open_world(settings: Settings) -> Iterator[Settings]:
             # The storage keeps worlds apart by the seed in the settings.
             raise SettingsError(
                 f"The planet at {planet.url} (GRAFT_PLANET__URL) has seed {found}, and this deployment's data is of "
-                f"seed {planet.seed}: unset the variable, or set GRAFT_PLANET__SEED={found} with a GRAFT_ROOT of its own."
+                f"seed {planet.seed}: unset the variable, or set GRAFT_PLANET__SEED={found} and another GRAFT_ROOT."
             )
         yield _pointed_at(settings, planet.url)
         return
