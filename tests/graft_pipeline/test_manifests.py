@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from upath import UPath
 
-from graft_pipeline import manifests
+from graft_pipeline import manifests, trace
 from graft_pipeline.errors import DataError, ServiceError
 from graft_pipeline.schemas import (
     CHIP_EMBEDDINGS,
@@ -219,6 +219,7 @@ def test_duckdb_takes_a_root_of_any_name(tmp_path: Path, name: str) -> None:
         view = connection.sql("SELECT * FROM outdoor_photos")
         assert view.columns == [*OUTDOOR_PHOTOS.schema.names, "region"]
         assert view.fetchall() == [("1", 0.5, True, "c", "N42W072")]
+        assert trace.select(connection, path, "photo_id", ["1"]) == [row]
 
 
 def test_timestamps_stay_utc(root: UPath, make_photos: Callable[..., pa.Table]) -> None:
