@@ -76,8 +76,8 @@ def read_header(path: Path) -> Header:
     try:
         with rasterio.open(path) as file:
             crs, affine, size = file.crs, file.transform, (file.width, file.height)
-            dtypes, descriptions, tags = file.dtypes, file.descriptions, file.tags()
-    except RasterioIOError as error:
+            dtypes, descriptions, tags = file.dtypes, _descriptions(file), file.tags()
+    except (RasterioIOError, CRSError, UnicodeDecodeError) as error:
         problem = str(error).rstrip(".")
         raise InputError(f"Cannot read {path} as a raster: {problem}. Give a GeoTIFF.") from error
     try:
@@ -97,7 +97,11 @@ def read_header(path: Path) -> Header:
         )
     width, height = size
     ground = shapely.box(affine.c, affine.f - height * affine.a, affine.c + width * affine.a, affine.f)
-    points = shapely.get_coordinates(shapely.segmentize(ground, max(width, height) * affine.a / 16))
+    try:
+        points = shapely.get_coordinates(shapely.segmentize(ground, max(width, height) * affine.a / 16))
+    except shapely.errors.GEOSException:
+        # Pixels so small that there is no ground.
+        points = np.full((1, 2), np.nan)
     lon, lat = transformer(f"EPSG:{epsg}", "EPSG:4326").transform(points[:, 0], points[:, 1])
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
         raise InputError(
@@ -115,6 +119,14 @@ def read_header(path: Path) -> Header:
         tags=dict(tags),
         footprint=shapely.Polygon(np.column_stack([lon, lat])),
     )
+
+
+def _descriptions(source: Any) -> tuple[str | None, ...]:
+    """What a raster calls its bands; None where it does not, or not in UTF-8."""
+    try:
+        return tuple(source.descriptions)
+    except UnicodeDecodeError:
+        return (None,) * int(source.count)
 
 
 def block_bytes(source: Any) -> int:
@@ -199,7 +211,9 @@ def _alpha_band(source: Any, numbers: Sequence[int]) -> int:
     """
     from rasterio.enums import ColorInterp
 
-    for number, (kind, said) in enumerate(zip(source.colorinterp, source.descriptions, strict=True), start=1):
+    for number, (kind, said) in enumerate(
+        zip(source.colorinterp, _descriptions(source), strict=True), start=1
+    ):
         if kind == ColorInterp.alpha and number not in numbers and "alpha" in (said or "alpha").lower():
             return number
     return 0

@@ -330,3 +330,17 @@ def test_a_pixel_is_square_but_for_rounding(tmp_path: Path) -> None:
     write(tmp_path / "air" / "fitted_2019.tif", transform=fitted, width=301)
     write(tmp_path / "air" / "oblong_2019.tif", transform=rasterio.Affine(2, 0, X0, 0, -2.001, Y0))
     assert set(listed(tmp_path)) == {"air/fitted_2019"}
+
+
+def test_texts_that_are_no_utf8_stop_no_listing(tmp_path: Path) -> None:
+    """Older software writes names of bands and projections in Latin-1."""
+    names = ("rouge", "vert", "bleu", "prXche")
+    bands = write(tmp_path / "air" / "bands_2019.tif", names=names)
+    bands.write_bytes(bands.read_bytes().replace(b"prXche", b"pr\xeache"))
+    own = "+proj=aea +lat_1=29.5 +lat_2=45.5 +lat_0=23 +lon_0=-96 +datum=NAD83"
+    crs = write(tmp_path / "air" / "crs_2019.tif", crs=own)
+    crs.write_bytes(crs.read_bytes().replace(b"unknown", b"pr\xe9cise"))
+    (row,) = listed(tmp_path).values()
+    assert "utf-8" in scan(tmp_path / "air", SENSOR).to_pydict()["reason"][1]
+    grid = Grid(26919, row["x_min_m"] + 100, row["y_max_m"] - 60, 2.0, 64, 64)
+    assert ImageryFolder(tmp_path).get_chip(SENSOR, "air/bands_2019", grid).all()
