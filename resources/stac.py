@@ -352,7 +352,7 @@ class Stac:
                     if number > opened[key].count:
                         raise RequestError(f"asset {key!r} has {opened[key].count} bands, not {number}", 400)
                 chip = cut([(opened[key], number) for key, number in parts], grid)
-        except RasterioError as error:
+        except (RasterioError, UnicodeDecodeError) as error:
             if not failures:
                 # Ranges came as asked for, but not with a GeoTIFF's content: the first may be to blame.
                 with self._lock:

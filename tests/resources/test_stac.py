@@ -527,6 +527,12 @@ def test_what_a_file_lacks_is_an_error_of_the_chip(api: Api) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:30_000] + bytes(len(content) - 30_000))
     assert failure(NAIP) == ("truncated", False)
+    # A projection of its own, named in Latin-1.
+    cog(
+        file, count=4, gsd_m=1.0, size=(900, 700), crs="+proj=aea +lat_1=29 +lat_2=45 +lon_0=-96 +datum=NAD83"
+    )
+    file.write_bytes(file.read_bytes().replace(b"unknown", b"pr\xe9cise"))
+    assert failure(NAIP) == ("truncated", False)
     file.write_bytes(content)
     api.items["naip"]["m_1"]["assets"]["image"]["href"] = "file:///etc/hosts"
     assert failure(NAIP) == ("bad_request", True)
