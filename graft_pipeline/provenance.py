@@ -24,7 +24,7 @@ def fingerprint(*parts: Any) -> str:
     """Hash of values by content.
 
     Args:
-        *parts: tables (by schema and rows, whatever their chunks), arrays, dataclasses, containers,
+        *parts: tables (by names, types and rows, whatever their chunks and metadata), arrays, dataclasses, containers,
             str, bytes, numbers, dates, paths, None; nested at will. Order does not count in mappings and
             sets.
 
@@ -63,8 +63,10 @@ def _feed(digest: Any, value: Any) -> None:
         case Path():
             tagged("path", str(value).encode())
         case pa.Table():
-            # As Parquet: chunking, offsets and whatever lies below nulls do not get there.
-            tagged("table", parquet_bytes(value.replace_schema_metadata(None)))
+            # As Parquet: chunking, offsets and whatever lies below nulls do not get there. What columns are said to
+            # mean does, in their fields' metadata, and is no content.
+            bare = pa.schema([field.remove_metadata() for field in value.schema])
+            tagged("table", parquet_bytes(pa.table(value.columns, schema=bare)))
         case np.ndarray() | np.generic():
             array = np.asarray(value)
             if array.dtype.hasobject:

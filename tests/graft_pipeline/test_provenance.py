@@ -23,6 +23,12 @@ class Config:
 
 TABLE = pa.table({"a": [1, 2, None], "b": ["x", None, "z"]})
 
+
+def described(field: pa.Field) -> pa.Field:
+    """A column of a schema in other words."""
+    return field.with_metadata({"description": "what it means"})
+
+
 #: Values that must all differ from one another.
 VALUES: list[tuple[Any, ...]] = [
     (),
@@ -66,6 +72,7 @@ def test_different_content_different_fingerprint() -> None:
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
         ({3, 1, 2}, {1, 2, 3}),
         (TABLE, pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)])),
+        (TABLE, pa.table(TABLE.columns, schema=pa.schema([described(field) for field in TABLE.schema]))),
         (np.arange(6).reshape(2, 3), np.arange(6).reshape(3, 2).reshape(2, 3)),
         (np.arange(12)[::2], np.arange(0, 12, 2)),
     ],
