@@ -36,6 +36,8 @@ from graft_pipeline.progress import Report
 
 #: Land of the demo in every planet: 4 regions of a quarter degree, within one UTM zone.
 AREA = {"west": -70.5, "south": 42.0, "east": -70.0, "north": 42.5}
+#: What a demo makes in its folder beside the settings, and what the next one replaces.
+MADE = ("area.geojson", "dagster_home", "data", "report.html", "scores.json")
 #: Land that is only ever evaluated on, more than 50 km away.
 BENCHMARK_BOUNDS = (-70.5, 43.0, -69.5, 43.75)
 #: Regions that are collected here at most, one after the other; more are a deployment's backfill.
@@ -126,7 +128,7 @@ def prepare(folder: Path, seed: int, *, is_small: bool) -> dict[str, str]:
     """Lay out the demo's folder: data, Dagster's home, settings file, registered area.
 
     Args:
-        folder: the demo's folder; an earlier demo in it is removed.
+        folder: the demo's folder; an earlier demo in it is removed, and nothing else.
         seed: planet.
         is_small: two regions and few search locations.
 
@@ -153,7 +155,8 @@ def _lay_out(folder: Path, environment: dict[str, str], *, is_new: bool) -> None
     Args:
         folder: the folder.
         environment: of the settings file, unless there is one that stays.
-        is_new: remove what an earlier demo made, settings included; else only add what is missing.
+        is_new: remove what an earlier demo made, settings included; else only add what is missing. What else lies
+            there is left alone.
 
     Raises:
         GraftError: if the folder holds something that no demo made, or cannot be made.
@@ -163,9 +166,13 @@ def _lay_out(folder: Path, environment: dict[str, str], *, is_new: bool) -> None
         folder.mkdir(parents=True, exist_ok=True)
         # What a killed write of the settings left is ours as well.
         others = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(settings.name)]
-        if others and not settings.exists():
+        is_ours = settings.exists()
+        if is_new and is_ours:
+            # A deployment's settings may have this name, too.
+            is_ours = dotenv_values(settings).get("GRAFT_WORLD") == "planet"
+        if (others or settings.exists()) and not is_ours:
             raise GraftError(f"{folder} is not empty and no demo made it: choose another --folder.")
-        for path in others if is_new else ():
+        for path in [path for path in others if path.name in MADE] if is_new else ():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if is_new or not settings.exists():
             text = "".join(f"{name}={_quoted(value)}\n" for name, value in environment.items())

@@ -87,7 +87,7 @@ def write_report(folder: Path, storage: Rooted, sensors: list[str], **facts: Any
     from jinja2 import Environment, PackageLoader
 
     scores = {**facts, "sensors": sensors, **{sensor: read_scores(storage, sensor) for sensor in sensors}}
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_bytes_atomic(folder / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     environment = Environment(loader=PackageLoader("graft_pipeline", "."), autoescape=True)
     environment.filters["score"] = lambda value: "" if value is None else f"{value:.3f}"
     rows, pictures = {}, {}
@@ -109,5 +109,5 @@ def write_report(folder: Path, storage: Rooted, sensors: list[str], **facts: Any
         )
         pictures[sensor] = [(f.stem, f.stem.replace("_", " "), data_uri(f.read_bytes())) for f in files]
     page = environment.get_template("report.html").render(rows=rows, pictures=pictures, **scores)
-    (folder / "report.html").write_text(page)
+    write_bytes_atomic(folder / "report.html", page.encode())
     return scores

@@ -16,8 +16,8 @@ import pytest
 
 from graft_pipeline.cli import app
 from graft_pipeline.cli_shared import check_output, print_table
-from graft_pipeline.demo import Runner
-from graft_pipeline.errors import InputError
+from graft_pipeline.demo import Runner, prepare
+from graft_pipeline.errors import GraftError, InputError
 
 COMMANDS = [
     [],
@@ -211,6 +211,25 @@ def test_a_demo_never_deletes_a_folder_it_did_not_make(tmp_path: Path) -> None:
     done = graft("demo", "--folder", str(tmp_path))
     assert done.returncode == 1
     assert (tmp_path / "precious.txt").read_text() == "x"
+
+
+def test_a_demo_replaces_only_what_a_demo_made(tmp_path: Path) -> None:
+    """A deployment's own settings may have the name of a demo's, and notes may lie beside them."""
+    folder, data = tmp_path / "deployment", tmp_path / "deployment" / "data"
+    data.mkdir(parents=True)
+    (folder / "settings.env").write_text("GRAFT_FLICKR_KEY=key\n")
+    (data / "collected.parquet").write_text("x")
+    with pytest.raises(GraftError, match="--folder"):
+        prepare(folder, 0, is_small=True)
+    assert (data / "collected.parquet").exists()
+    own = tmp_path / "demo"
+    prepare(own, 0, is_small=True)
+    for path in (own / "notes.txt", own / "scores.json", own / "data" / "world.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    prepare(own, 1, is_small=True)
+    names = {path.name for path in own.iterdir()}
+    assert names == {"notes.txt", "settings.env", "area.geojson", "dagster_home"}
 
 
 def test_a_root_that_is_no_folder_and_a_demo_in_a_file_are_messages(tmp_path: Path) -> None:
