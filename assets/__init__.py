@@ -7,9 +7,8 @@ import warnings
 
 import dagster as dg
 
-# Features that we use knowingly and that constraints.txt pins: owners of jobs, backfill policies, checks per
-# partition, and what Pipes itself uses.
+# Features that we use knowingly and that constraints.txt pins: owners of jobs, checks per partition, and what Pipes
+# itself uses.
 warnings.filterwarnings("ignore", message="Parameter `owners`", category=dg.BetaWarning)
-warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", message="Specifying a partitions_def on", category=dg.PreviewWarning)
 warnings.filterwarnings("ignore", message="Function `PipesMessageReader", category=dg.PreviewWarning)

@@ -75,7 +75,6 @@ def build_osm_labels(sensor: Sensor) -> dg.AssetsDefinition:
         owners=OWNERS,
         deps=[[sensor.name, "tiles"], OSM_KEY],
         partitions_def=REGION_PARTITIONS,
-        backfill_policy=dg.BackfillPolicy.multi_run(),
         # The table of classes is as much a cause of labels as the code.
         code_version=fingerprint(code_version(osm_labels, "resources.osm"), osm_labels.osm_classes())[:12],
         kinds={"parquet"},

@@ -47,7 +47,6 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         "group_name": sensor.name,
         "owners": OWNERS,
         "partitions_def": REGION_PARTITIONS,
-        "backfill_policy": dg.BackfillPolicy.multi_run(),
     }
 
     @dg.asset(

@@ -52,7 +52,6 @@ def ground_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
         group_name="ground",
         owners=OWNERS,
         partitions_def=REGION_PARTITIONS,
-        backfill_policy=dg.BackfillPolicy.multi_run(),
         metadata=table_metadata(dataset),
         check_specs=check_specs([dataset.name], *rules_of_data),
         **options,

@@ -181,7 +181,6 @@ def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsD
         **options,
         deps=[image_encoder, dg.AssetDep([sensor.name, "chips"]), dg.AssetDep([sensor.name, "tiles"])],
         partitions_def=REGION_PARTITIONS,
-        backfill_policy=dg.BackfillPolicy.multi_run(),
         code_version=code_version(embeddings),
         kinds={"parquet", "pytorch"},
         pool="gpu",

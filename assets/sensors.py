@@ -115,7 +115,6 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
             group_name=sensor.name,
             owners=OWNERS,
             partitions_def=REGION_PARTITIONS,
-            backfill_policy=dg.BackfillPolicy.multi_run(),
             metadata=table_metadata(dataset, sensor, source),
             check_specs=check_specs([sensor.name, dataset.name], *rules_of_data),
             **options,

@@ -364,11 +364,7 @@ def partitions(ui: Ui) -> list[str]:
 
 def partition_of(run: dict[str, Any]) -> str:
     """A run's region."""
-    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
-    # A backfill of assets names a range, here of one.
-    first = tags.get("dagster/partition") or tags["dagster/asset_partition_range_start"]
-    assert tags.get("dagster/asset_partition_range_end", first) == first
-    return first
+    return {tag["key"]: str(tag["value"]) for tag in run["tags"]}["dagster/partition"]
 
 
 def failed_steps(run: dict[str, Any]) -> list[str]:

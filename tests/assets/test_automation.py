@@ -2,10 +2,19 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
+
+# Not public: what the daemon makes of a backfill.
+from dagster._core.definitions.automation_tick_evaluation_context import (
+    build_run_requests_with_backfill_policies,
+)
+from dagster._core.definitions.events import AssetKeyPartitionKey
+from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 from typer.testing import CliRunner
 
@@ -17,6 +26,7 @@ from graft_pipeline.manifests import write_bytes_atomic
 from graft_pipeline.purging import purge
 
 Deploy = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 #: One sensor: half the graph to evaluate.
 NAIP = [{"name": "naip"}]
 REGION = "N42.00W071.50"
@@ -414,6 +424,22 @@ def test_a_backfill_from_the_command_line_is_requested_once(
     assert "2 of 3 regions" in run(app, ["backfill", "--stale-days", "0"]).output
     assert len(deployment.instance.get_backfills()) == 2
     assert tick(deployment) == [], "the schedule leaves alone what a backfill will collect"
+
+
+def test_the_queue_sees_the_region_of_every_run_of_a_backfill(deploy: Deploy) -> None:
+    (limit,) = yaml.safe_load((ROOT / "dagster.yaml").read_text())["concurrency"]["runs"][
+        "tag_concurrency_limits"
+    ]
+    deployment = deploy(grid_stride_m={"naip": 448}, osm_file="/extract.osm.pbf")
+    regions = {REGION, "N42.00W071.75"}
+    deployment.instance.add_dynamic_partitions("region", sorted(regions))
+    graph = deployment.definitions.resolve_asset_graph()
+    by_region = {key for key in graph.materializable_asset_keys if graph.get(key).is_partitioned}
+    wanted = [AssetKeyPartitionKey(key, region) for key in by_region for region in regions]
+    with partition_loading_context(dynamic_partitions_store=deployment.instance):
+        requests = build_run_requests_with_backfill_policies(wanted, graph, deployment.instance)
+    assert len(requests) == len(regions)
+    assert {request.tags.get(limit["key"]) for request in requests} == regions
 
 
 def test_a_backfill_says_what_it_needs(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> None:
