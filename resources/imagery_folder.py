@@ -19,7 +19,7 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from graft_pipeline.errors import DataError, InputError, SettingsError
+from graft_pipeline.errors import DataError, InputError, ServiceError, SettingsError
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
 from graft_pipeline.manifests import read_table, remove_partial_files, write_table
@@ -235,7 +235,7 @@ def scan(folder: Path, sensor: Sensor) -> pa.Table:
     try:
         remove_partial_files(folder)
         write_table(index, table, IMAGERY_FILES)
-    except OSError as error:
+    except (OSError, ServiceError) as error:
         logger.warning("The index of %s cannot be kept there (%s): it is made anew next time", folder, error)
     return table
 

@@ -1,5 +1,6 @@
 """A folder of GeoTIFFs as imagery: its index, and chips that are the files' own pixels."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -191,6 +192,16 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path: Path) ->
     (tmp_path / "air" / "imagery_files.parquet").mkdir()
     (tmp_path / "air" / "imagery_files.parquet" / "x").touch()
     assert set(listed(tmp_path)) == {"air/a_2018"}
+
+
+def test_a_full_disk_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "air" / "a_2018.tif")
+    monkeypatch.setattr(os, "fsync", full)
+    assert set(listed(tmp_path)) == {"air/a_2018"}
+    assert not list((tmp_path / "air").glob("*.parquet"))
 
 
 def test_bands_are_found_by_description_number_or_order(tmp_path: Path) -> None:
