@@ -159,7 +159,7 @@ class FlickrApi:
         extras = {name for name in re.split(r"[,\s]+", parameters.get("extras", "")) if name}
         total: int | str = count
         # The real site answers now with a number, now with a string.
-        if hashes(salt("total", repr(search)), page)[0] & np.uint64(1):
+        if hashes(salt("total"), count, page)[0] & np.uint64(1):
             total = str(total)
         return {
             "page": page,
