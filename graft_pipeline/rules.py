@@ -369,7 +369,8 @@ def split_disjointness(tiles: Sequence[pa.Table], pairs: pa.Table) -> Finding:
         pairs: rows with tile_id, photo_id and split.
 
     Returns:
-        The finding; ground is compared as bounding boxes of chips in EPSG:4326.
+        The finding; ground is compared as bounding boxes of chips in EPSG:4326. Pairs whose tile is not there in
+        their split, as it was split anew since, are violations too: their ground is compared with nothing.
     """
     squares = {
         split: np.concatenate(
@@ -388,13 +389,21 @@ def split_disjointness(tiles: Sequence[pa.Table], pairs: pa.Table) -> Finding:
             pc.unique(pairs[column].filter(pc.equal(pairs["split"], split))) for split in squares
         )
         shared[column] = pc.sum(pc.is_in(validation, train)).as_py() or 0
-    violations = overlaps + sum(shared.values())
+    now = pa.chunked_array([_tiles_in_splits(table) for table in tiles], pa.string())
+    stale = pc.sum(pc.invert(pc.is_in(pc.unique(_tiles_in_splits(pairs)), now))).as_py() or 0
+    violations = overlaps + sum(shared.values()) + stale
     return Finding(
         "split_disjointness",
         violations,
-        f"{shared['tile_id']} tiles, {shared['photo_id']} photos and {overlaps} pieces of ground in both splits",
+        f"{shared['tile_id']} tiles, {shared['photo_id']} photos and {overlaps} pieces of ground in both splits; "
+        f"{stale} tiles are split otherwise than their pairs, which are to be materialised again",
         {"train_tiles": len(squares["train"]), "validation_tiles": len(squares["validation"])},
     )
+
+
+def _tiles_in_splits(rows: pa.Table) -> pa.Array:
+    """Tile and split of each row as one text."""
+    return pc.binary_join_element_wise(rows["tile_id"].combine_chunks(), rows["split"].combine_chunks(), " ")
 
 
 def no_training_ground(tiles: Sequence[pa.Table], squares: np.ndarray) -> Finding:

@@ -137,6 +137,12 @@ def test_splits_may_share_no_tile_photo_or_ground() -> None:
     assert rules.split_disjointness([train, near], good).violations > 0
     shared = pa.concat_tables([pair_rows(train), pair_rows(far)])
     assert rules.split_disjointness([train, far], shared).violations == 3
+    # Split anew, as guard, after their pairs were made.
+    guard = far.set_column(
+        far.schema.get_field_index("split"), schemas.TILES.schema.field("split"), pa.array(["guard"] * 3)
+    )
+    assert rules.split_disjointness([train, guard], good).violations == 3
+    assert rules.split_disjointness([train, guard], pair_rows(train)).passed
 
 
 def test_a_benchmark_may_show_no_training_ground() -> None:
