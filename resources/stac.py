@@ -126,7 +126,8 @@ class Stac:
         self._items: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
         self._headers: OrderedDict[str, _Header] = OrderedDict()
         self._tokens: dict[str, tuple[str, float]] = {}
-        self._has_read = False
+        #: Hosts that gave ranges of files.
+        self._giving: set[str] = set()
 
     @classmethod
     def from_settings(cls, settings: Settings, *, retries: Retries | None = None) -> "Stac":
@@ -392,7 +393,7 @@ class Stac:
 
     def _ranged(self, href: str, sensor: Sensor, start: int, end: int) -> Answer:
         """Bytes start (included) to end (excluded, or the file's) of a file, retried and checked."""
-        refusals = 0
+        refusals, host = 0, host_of(href)
 
         def attempt() -> Answer:
             nonlocal refusals
@@ -407,7 +408,7 @@ class Stac:
                     # It may have expired by the service's clock, or was never good.
                     self._forget_token(token)
                     raise TransientError("forbidden", message, is_quick=True)
-                if not self._has_read:
+                if not self._giving:
                     raise self._refused(message)
                 # Some stores say so of a file that is not there.
                 raise TransientError("forbidden", message, is_exhausted=True)
@@ -419,10 +420,16 @@ class Stac:
                 raise TransientError("invalid_pixels", f"range {got!r} instead of {start}-{end - 1}")
             if len(answer.body) != int(found[2]) + 1 - start:
                 raise TransientError("truncated", f"{len(answer.body)} bytes of the range {start}-{end - 1}")
-            self._has_read = True
+            self._giving.add(host)
             return answer
 
-        return self._retries.call(attempt)
+        try:
+            return self._retries.call(attempt)
+        except TransientError as error:
+            if error.is_unreachable and self._giving and host not in self._giving:
+                # The network is there: it is this link that leads nowhere.
+                raise TransientError("connection", f"{host}: {error}", is_exhausted=True) from None
+            raise
 
     def _token(self, sensor: Sensor) -> str | None:
         """What is appended to links of the sensor's collection, if anything."""

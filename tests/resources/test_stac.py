@@ -441,6 +441,17 @@ def test_one_forbidden_file_is_an_error_of_its_chip(api: Api) -> None:
     assert (caught.value.reason, caught.value.is_permanent) == ("forbidden", False)
 
 
+def test_one_link_that_leads_nowhere_is_an_error_of_its_chip(api: Api, free_url: str) -> None:
+    for name in ("m_1", "m_2"):
+        api.add_naip(name, "2021-07-01T16:00:00Z")
+    api.items["naip"]["m_2"]["assets"]["image"]["href"] = f"{free_url}/m_2.tif"
+    stac, grid = client(api), Grid(26919, X0 + 200, Y0 - 100, 1.0, 64, 64)
+    stac.get_chip(NAIP, "m_1", grid)
+    with pytest.raises(ItemError, match=free_url.removeprefix("http://")) as caught:
+        stac.get_chip(NAIP, "m_2", grid)
+    assert (caught.value.reason, caught.value.is_permanent) == ("connection", False)
+
+
 def test_redirects_are_followed(api: Api) -> None:
     """Of a landing page without its slash, of a search, of files that lie elsewhere."""
     file = api.add_naip("m_1", "2021-07-01T16:00:00Z")
