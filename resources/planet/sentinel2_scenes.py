@@ -156,6 +156,7 @@ class _Tile:
     def __init__(self, seed: int, zone: int, is_south: bool, column: int, row: int, band: str) -> None:
         self._epsg = _epsg(zone, is_south)
         self._frame = projection(self._epsg)
+        self._meridian = zone * 6 - 183
         self._name = f"T{zone:02d}{band}{_square_name(zone, column, row)}"
         x0, y0 = _corner(np.array(column), np.array(row))
         self._x0, self._y0 = float(x0), float(y0)
@@ -234,6 +235,8 @@ class _Tile:
             dense = shapely.segmentize(ground, TILE_M / 6)
             points = shapely.get_coordinates(dense)
             lon, lat = self._frame.inverse(points[:, 0], points[:, 1])
+            # Across the antimeridian they go on beyond 180: else the polygon would turn inside out.
+            lon = self._meridian + (lon - self._meridian + 180) % 360 - 180
             # Seven decimals are a centimetre; they keep listings small.
             self._footprints[cut] = Footprint(shapely.Polygon(np.round(np.column_stack([lon, lat]), 7)))
         return self._footprints[cut]

@@ -172,8 +172,9 @@ def test_clouds_are_distributed_as_over_the_real_earth(catalog: Catalog) -> None
 
 def test_sentinel2_tiles_cover_every_place_and_name_themselves_as_the_military_grid(catalog: Catalog) -> None:
     rng = np.random.default_rng(5)
-    for _ in range(25):
-        lon, lat = rng.uniform(-179, 179), rng.uniform(-79, 79)
+    # Two of them where tiles cross the antimeridian: a scene's polygon goes on beyond 180 degrees there.
+    edge = [(179.95, -17.3), (-179.95, -17.3)]
+    for lon, lat in [*edge, *((rng.uniform(-179, 179), rng.uniform(-79, 79)) for _ in range(25))]:
         zone = int((lon + 180) // 6) + 1
         x, y = (float(v) for v in projection((32600 if lat >= 0 else 32700) + zone).forward(lon, lat))
         scenes = catalog.touching(SENTINEL2.collection, shapely.Point(lon, lat))
