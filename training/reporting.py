@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft_pipeline.errors import GraftError, TrainingError
@@ -129,4 +130,9 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         # It lives, as somebody else's.
         return True
-    return True
+    try:
+        # What was killed in a container without an init process keeps its number; its state stands behind its name.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state not in ("Z", "X")
