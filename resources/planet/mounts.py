@@ -56,6 +56,10 @@ def _scene(collection: str, path: Path) -> Scene:
         description or (plain[index] if index < len(plain) else f"B{index + 1}")
         for index, description in enumerate(header.descriptions)
     ]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"{path} names two of its bands alike ({', '.join(names)}): give each a description of its own."
+        )
     started = acquired_at(path.stem, header.tags) or datetime(2020, 7, 1, tzinfo=UTC)
     properties: dict[str, object] = {"system:index": path.stem}
     if collection == SENTINEL2.collection:

@@ -193,7 +193,11 @@ def test_what_cannot_be_mounted_says_so_at_the_start(tmp_path: Path, make_planet
     flat = write_tif(tmp_path / "flat.tif", crs=None)
     turned = write_tif(tmp_path / "turned.tif", transform=rasterio.Affine(1, 0.5, X0, 0.5, -1, Y0))
     double = write_tif(tmp_path / "double.tif", dtype="float64")
+    alike = write_tif(tmp_path / "alike.tif")
+    with rasterio.open(alike, "r+") as file:
+        file.set_band_description(3, "R")
     for mounts, message in (
+        ({"naip": [alike]}, "two of its bands alike"),
         ({"naip": [tmp_path / "missing.tif"]}, "No file"),
         ({"naip": [tmp_path]}, "No file"),
         ({"naip": [text]}, "Cannot read"),
