@@ -153,9 +153,16 @@ def areas_add(
     area = areas.read_area(file, name=name, where=where)
     storage = open_storage()
     with storage.explained():
+        before = [known for known in areas.list_areas(storage.areas_folder) if known.name == area.name]
         path = areas.register_area(storage.areas_folder, area)
     touched = regions_touching(area.geometry, load_settings().grid_deg)
     typer.echo(f"{area.name}: {len(touched)} regions, registered at {path}")
+    if before and not before[0].geometry.equals(area.geometry):
+        typer.secho(
+            f"It replaces another area that was called {area.name}: to have both, give one a --name.",
+            fg="yellow",
+            err=True,
+        )
 
 
 @areas_app.command("list")
@@ -170,7 +177,9 @@ def areas_list() -> None:
     with storage.explained():
         registered = areas.list_areas(storage.areas_folder)
     if not registered:
-        typer.echo("No area is registered yet: run graft areas add FILE with any vector file of polygons.")
+        typer.echo(
+            f"No area is registered yet in {storage.root}: run graft areas add FILE with any vector file of polygons."
+        )
         return
     rows = [
         [
@@ -221,7 +230,8 @@ def photos_purge(
         bars.update(task, completed=report.regions, total=report.regions)
     counts = {"newly listed photos": report.photos, "newly listed owners": report.owners, **report.rows}
     counts |= {"training sets": report.training_sets, "regions": report.regions}
-    title = "Would be purged" if dry_run else "Purged"
+    # With its place: whoever forgot to name the deployment would believe that the photos are gone.
+    title = f"{'Would be purged' if dry_run else 'Purged'} from {storage.root}"
     print_table(title, ["what", "count"], [list(item) for item in counts.items()])
 
 
@@ -235,11 +245,12 @@ def query(
     import duckdb
 
     from graft_pipeline.errors import InputError
-    from graft_pipeline.manifests import connect
+    from graft_pipeline.manifests import connect, named_in
+    from graft_pipeline.schemas import DATASETS
 
     storage = open_storage()
     with storage.explained():
-        connection = connect(storage.root)
+        connection = connect(storage.root, named_in(sql))
     try:
         # DuckDB fails at characters that are none.
         sql.encode()
@@ -251,8 +262,7 @@ def query(
     except UnicodeEncodeError:
         raise InputError("The SQL is no UTF-8: use a locale in UTF-8, such as LC_ALL=C.UTF-8.") from None
     except duckdb.Error as error:
-        views = ", ".join(sorted(row[0] for row in connection.execute("SHOW TABLES").fetchall()))
-        raise InputError(f"{error}\nViews: {views}. Correct the SQL.") from None
+        raise InputError(f"{error}\nViews: {', '.join(sorted(DATASETS))}. Correct the SQL.") from None
     except RuntimeError as error:
         if "interrupted" not in str(error):
             raise
@@ -354,8 +364,6 @@ def trace(
     ] = False,
 ) -> None:
     """Print everything about one tile or photo: its rows and files, every step's materialisation, its checks."""
-    import os
-
     from rich.console import Console
 
     from graft_pipeline import backfills
@@ -370,7 +378,7 @@ def trace(
     with storage.explained():
         found = tracing.trace(storage.root, item)
         steps = []
-        if os.environ.get("DAGSTER_HOME"):
+        if backfills.dagster_home():
             from assets.history import history
 
             with backfills.deployed_instance() as instance:
@@ -391,10 +399,12 @@ def status() -> None:
     """Show what is materialised per region, and what failed."""
     from graft_pipeline.status import region_status
 
-    tables = region_status(open_storage())
+    storage = open_storage()
+    tables = region_status(storage)
     if not tables:
         typer.echo(
-            "Nothing is materialised yet: register an area (graft areas add FILE) and materialise `regions`."
+            f"Nothing is materialised yet in {storage.root}: register an area (graft areas add FILE) and "
+            "materialise `regions`."
         )
     for group, columns, rows in tables:
         print_table(f"{group}: rows per region (ok/all where rows can fail)", columns, rows)

@@ -530,10 +530,13 @@ def connect(
 
     Args:
         root: storage root, local or on any fsspec file system.
-        datasets: those to make views of: each lists its partitions.
+        datasets: those to make views of: each lists its partitions, and reads the footers of all its files.
 
     Returns:
         A DuckDB connection; close it.
+
+    Raises:
+        DataError: if a file is damaged.
     """
     import duckdb
 
@@ -561,11 +564,23 @@ def connect(
         files = f"read_parquet('{source}', hive_partitioning = {str(bool(hive)).lower()}{types}, union_by_name = true)"
         # By name, below a table of every column: files of earlier versions may lack some, here and there or all. And
         # no others, such as a folder `a=b` of the root makes.
-        connection.execute(
-            f"CREATE VIEW {_quoted(name)} AS SELECT {', '.join(_quoted(field.name) for field in fields)} "
-            f"FROM (FROM whole.{_quoted(name)} UNION ALL BY NAME FROM {files})"
-        )
+        try:
+            connection.execute(
+                f"CREATE VIEW {_quoted(name)} AS SELECT {', '.join(_quoted(field.name) for field in fields)} "
+                f"FROM (FROM whole.{_quoted(name)} UNION ALL BY NAME FROM {files})"
+            )
+        except (duckdb.InvalidInputException, duckdb.IOException) as error:
+            connection.close()
+            raise DataError(
+                f"A file of {name} is damaged ({error}): delete it and materialise it again."
+            ) from error
     return connection
+
+
+def named_in(sql: str) -> list[Dataset]:
+    """Datasets whose views a query needs: those that it names; all, if it names none."""
+    named = [of for name, of in DATASETS.items() if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
+    return named or list(DATASETS.values())
 
 
 def literal(path: str) -> str:

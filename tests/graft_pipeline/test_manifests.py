@@ -222,6 +222,16 @@ def test_duckdb_takes_a_root_of_any_name(tmp_path: Path, name: str) -> None:
         assert trace.select(connection, path, "photo_id", ["1"]) == [row]
 
 
+def test_a_query_reads_only_what_it_names(root: UPath) -> None:
+    path = manifests.partition_file(root, CHIP_EMBEDDINGS, sensor="naip", region="N42W072")
+    manifests.write_bytes_atomic(path, b"PAR1 no it is not")
+    with manifests.connect(root, manifests.named_in("FROM Pairs JOIN tiles USING (tile_id)")) as connection:
+        assert set(connection.sql("SHOW TABLES").fetchall()) == {("pairs",), ("tiles",)}
+    assert manifests.named_in("SHOW TABLES") == list(DATASETS.values())
+    with pytest.raises(DataError, match=r"(?s)chip_embeddings.*materialise it again"):
+        manifests.connect(root, manifests.named_in('SELECT * FROM "chip_embeddings"'))
+
+
 def test_timestamps_stay_utc(root: UPath, make_photos: Callable[..., pa.Table]) -> None:
     uploaded = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
     path = manifests.partition_file(root, FLICKR_PHOTOS, region="N42W072")

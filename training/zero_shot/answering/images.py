@@ -109,7 +109,7 @@ def read_tile(root: UPath | Path, tile_id: str) -> Image:
     """
     query = "SELECT sensor, region, shard, \"offset\", size_bytes, gsd_m FROM chips WHERE tile_id = ? AND status = 'ok'"
     try:
-        with connect(root) as connection:
+        with connect(root, [CHIPS]) as connection:
             row = connection.execute(query, [tile_id]).fetchone()
     except duckdb.CatalogException:
         row = None
