@@ -8,11 +8,10 @@ import dagster as dg
 from assets.keys import AREAS_KEY
 from assets.reporting import (
     OWNERS,
-    RETRY,
     check_specs,
     measured,
-    only_transient_retries,
     report_table,
+    retried,
     table_metadata,
 )
 from graft_pipeline import areas, previews, schemas
@@ -32,9 +31,8 @@ from resources.storage import Storage
     kinds={"parquet"},
     metadata=table_metadata(schemas.REGIONS),
     check_specs=check_specs(["regions"], partitioned=False),
-    retry_policy=RETRY,
 )
-@only_transient_retries
+@retried
 @measured
 def regions(
     context: dg.AssetExecutionContext, world: dg.ResourceParam[Settings], storage: dg.ResourceParam[Storage]

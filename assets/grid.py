@@ -11,11 +11,10 @@ from assets.keys import external_collection
 from assets.learning import embed_region
 from assets.reporting import (
     OWNERS,
-    RETRY,
     check_specs,
     measured,
-    only_transient_retries,
     report_table,
+    retried,
     table_schema,
 )
 from assets.sensors import update_chips
@@ -55,11 +54,10 @@ def build_grid_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsDefin
         code_version=code_version(grid, chips, geotiff),
         kinds={"webdataset"},
         pool="imagery",
-        retry_policy=RETRY,
         metadata={"dagster/column_schema": table_schema(schemas.CHIPS)},
         check_specs=check_specs([sensor.name, "grid_chips"], "chip_georeference", "cloud_and_time"),
     )
-    @only_transient_retries
+    @retried
     @measured
     def grid_chips(
         context: dg.AssetExecutionContext,

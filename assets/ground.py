@@ -45,7 +45,9 @@ from resources.scene_classifier import SceneClassifier
 from resources.storage import Storage
 
 
-def ground_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
+def ground_asset(
+    dataset: schemas.Dataset, *rules_of_data: str, retry_policy: dg.RetryPolicy | None = None, **options
+):
     """An asset of the `ground` group, partitioned by region, whose table is `dataset`."""
     make = dg.asset(
         name=dataset.name,
@@ -56,7 +58,7 @@ def ground_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
         check_specs=check_specs([dataset.name], *rules_of_data),
         **options,
     )
-    return lambda function: make(only_transient_retries(measured(function)))
+    return lambda function: make(only_transient_retries(measured(function), retry_policy))
 
 
 class FlickrPhotosConfig(dg.Config):

@@ -13,15 +13,14 @@ from assets.launching import Trained, Training, launch
 from assets.reporting import (
     LINEAGE,
     OWNERS,
-    RETRY,
     SCHEMA,
     TYPICAL,
     check_specs,
     column_lineage,
     fields_schema,
     measured,
-    only_transient_retries,
     report_table,
+    retried,
     shown,
     table_metadata,
 )
@@ -96,9 +95,8 @@ def build_learning_assets(sensor: Sensor, settings: Settings) -> list[dg.AssetsD
         kinds={"parquet", "numpy"},
         metadata=table_metadata(schemas.TRAINING_PAIRS, sensor),
         check_specs=check_specs([sensor.name, "training_set"], "split_disjointness", partitioned=False),
-        retry_policy=RETRY,
     )
-    @only_transient_retries
+    @retried
     @measured
     def training_set(storage: dg.ResourceParam[Storage]) -> dg.MaterializeResult:
         """Snapshot of all regions' pairs with their splits and embeddings, named by its content's fingerprint."""

@@ -28,8 +28,18 @@ OWNERS = ["team:data-engineering"]
 RETRY = dg.RetryPolicy(max_retries=2, delay=30, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 
 
-def only_transient_retries(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a retry policy try again what may pass, but not wrong keys, settings, input or data."""
+def only_transient_retries(
+    function: Callable[..., Any], policy: dg.RetryPolicy | None = None
+) -> Callable[..., Any]:
+    """Try again what may pass, but not wrong keys, settings, input or data; and nothing that somebody terminates.
+
+    With a policy as `retry_policy` of the asset, Dagster tries a step again also when its run is terminated: the run
+    would go on.
+
+    Args:
+        function: of an asset.
+        policy: how often and when; None: never.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -37,8 +47,17 @@ def only_transient_retries(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except (SettingsError, InputError, DataError) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
+        except Exception as error:
+            if policy is None:
+                raise
+            attempt = dg.AssetExecutionContext.get().retry_number + 1
+            raise dg.RetryRequested(policy.max_retries, policy.calculate_delay(attempt)) from error
 
     return wrapped
+
+
+#: For assets that ask services or write much.
+retried = functools.partial(only_transient_retries, policy=RETRY)
 
 
 #: What the resources of a run count, by their names: the attribute, and its name in metadata.

@@ -108,7 +108,9 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
     """
     collection = external_collection(sensor, source)
 
-    def sensor_asset(dataset: schemas.Dataset, *rules_of_data: str, **options):
+    def sensor_asset(
+        dataset: schemas.Dataset, *rules_of_data: str, retry_policy: dg.RetryPolicy | None = None, **options
+    ):
         make = dg.asset(
             name=dataset.name,
             key_prefix=sensor.name,
@@ -119,7 +121,7 @@ def build_sensor_assets(sensor: Sensor, source: Source = "earth_engine") -> list
             check_specs=check_specs([sensor.name, dataset.name], *rules_of_data),
             **options,
         )
-        return lambda function: make(only_transient_retries(measured(function)))
+        return lambda function: make(only_transient_retries(measured(function), retry_policy))
 
     @sensor_asset(
         schemas.SCENES,

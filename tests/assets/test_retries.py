@@ -1,13 +1,22 @@
-"""Photos that cannot be had now: tried again on a later day, or at once if a run asks for it."""
+"""What cannot be had now: photos tried again on a later day or at once, steps after a while, unless terminated."""
 
+import os
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
+import pytest
+import shapely
 
-from graft_pipeline import schemas
+from graft_pipeline import areas, schemas
+from graft_pipeline.definitions import build_defs
+from graft_pipeline.errors import ServiceError
+from graft_pipeline.progress import Report
+from graft_pipeline.settings import load_settings
 from resources.planet.world import World
 
 REGION = "N42.00W071.50"
@@ -43,3 +52,51 @@ def test_failed_photos_wait_for_their_day_unless_a_run_does_not(
     second = failed(deployment)
     assert set(second["attempts"].to_pylist()) == {2}
     assert set(second["retry_on"].to_pylist()) == {today + timedelta(days=2)}
+
+
+class Once:
+    """Progress that does something the first time."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act, self.tasks = act, 0
+
+    def task(self, title: str) -> Report:
+        def report(done: int, total: int) -> None:
+            if self.tasks == 1:
+                self.act()
+
+        self.tasks += 1
+        return report
+
+
+def searched(deployment: Any) -> Any:
+    """A deployment with search locations of one region, without any model."""
+    area = areas.Area("here", shapely.box(-71.45, 42.05, -71.35, 42.15))
+    areas.register_area(deployment.storage.areas_folder, area)
+    deployment.instance.add_dynamic_partitions("region", [REGION])
+    deployment.materialise("search_locations", partition=REGION)
+    return deployment
+
+
+def test_a_run_that_is_terminated_ends(planet: Any, deploy: Callable[..., Any]) -> None:
+    deployment = searched(deploy(planet_url=planet.url, sensors=[{"name": "naip"}]))
+    watch = Once(lambda: os.kill(os.getpid(), signal.SIGINT))
+    deployment.definitions = build_defs(load_settings(), progress=watch)
+    with pytest.raises(dg.DagsterExecutionInterruptedError):
+        deployment.materialise("flickr_photos", partition=REGION)
+    assert watch.tasks == 1, "not tried again"
+
+
+def test_a_step_that_a_service_fails_is_tried_again(
+    planet: Any, deploy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ServiceError("Flickr is away: try again later.")
+
+    deployment = searched(deploy(planet_url=planet.url, sensors=[{"name": "naip"}]))
+    watch = Once(fail)
+    deployment.definitions = build_defs(load_settings(), progress=watch)
+    # The wait alone: half a minute.
+    monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda self, attempt: 0.01 * attempt)
+    assert deployment.materialise("flickr_photos", partition=REGION).success
+    assert watch.tasks == 2
