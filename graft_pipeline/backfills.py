@@ -15,6 +15,7 @@ import dagster as dg
 # Not public, but the only way to a backfill without a webserver.
 from dagster._core.execution.backfill import PartitionBackfill
 from dagster._core.utils import make_new_backfill_id
+from dotenv import dotenv_values
 
 from graft_pipeline import areas
 from graft_pipeline.automation import MAX_RUNTIME, region_keys
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from resources.storage import Storage
 
 
+def dagster_home() -> str:
+    """Folder of the deployment's instance: DAGSTER_HOME, or what the settings' env file says of it; empty: unknown."""
+    env_file = os.environ.get("GRAFT_ENV_FILE", ".env")
+    return os.environ.get("DAGSTER_HOME") or dotenv_values(env_file or os.devnull).get("DAGSTER_HOME") or ""
+
+
 @contextmanager
 def deployed_instance() -> Iterator[dg.DagsterInstance]:
     """The instance of DAGSTER_HOME.
@@ -31,11 +38,12 @@ def deployed_instance() -> Iterator[dg.DagsterInstance]:
     Raises:
         SettingsError: if there is none.
     """
-    home = os.environ.get("DAGSTER_HOME", "")
+    home = dagster_home()
     if not Path(home).is_dir() or not Path(home).is_absolute():
         raise SettingsError(
             f"DAGSTER_HOME is {home!r}: set it to the absolute path of the folder with the deployment's dagster.yaml."
         )
+    os.environ["DAGSTER_HOME"] = home
     with dg.DagsterInstance.get() as instance:
         yield instance
 

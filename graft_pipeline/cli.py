@@ -57,7 +57,9 @@ def main() -> None:
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Which planet: two seeds are two different worlds.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Which planet: two seeds are two different worlds.")
+    ] = 0,
     folder: Annotated[Path, typer.Option(help="Where data, Dagster's state, report and scores go.")] = Path(
         "demo"
     ),
@@ -81,7 +83,7 @@ def collect(
     where: Annotated[
         str | None, typer.Option(help="Features to take, in SQL: \"name='Rhode Island'\".")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which planet, if the folder is new.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Which planet, if the folder is new.")] = 0,
 ) -> None:
     """Collect an area of your own here and now, from photos to pairs: what a backfill does in a deployment."""
     from graft_pipeline.demo import collect_area

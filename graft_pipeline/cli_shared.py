@@ -36,16 +36,17 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
     # A pipe has no width of its own: give it room instead of 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 200)
+    # Not the table's own title, which is broken to the table's width.
+    console.print(Text(title, style="table.title"), soft_wrap=True)
     if console.width < _LEAST_COLUMN_WIDTH * len(columns):
         # A table would lose what its cells hold.
-        console.print(Text(title, style="table.title"))
         for row in rows:
             lines = [
                 f"{name}: {value}" for name, value in zip(columns, row, strict=True) if value is not None
             ]
             console.print(Text("\n".join(["", *lines])), soft_wrap=True)
         return
-    table = Table(title=Text(title, style="table.title"), title_justify="left")
+    table = Table()
     for column in columns:
         table.add_column(Text(column), overflow="fold")
     for row in rows:

@@ -42,7 +42,8 @@ MADE = ("area.geojson", "dagster_home", "data", "report.html", "scores.json")
 BENCHMARK_BOUNDS = (-70.5, 43.0, -69.5, 43.75)
 #: Regions that are collected here at most, one after the other; more are a deployment's backfill.
 MAX_REGIONS = 50
-#: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes.
+#: Encoders that the demo trains; Sentinel-2's pixel level is left to `learn`, for the sake of five minutes, and so is
+#: that of sensors of the user's own.
 LEVELS = {"naip": ("image", "pixel"), "sentinel2": ("image",)}
 SCORES_OF = {"image": ("zero_shot_scores",), "pixel": ("segmentation_scores", "questions", "question_scores")}
 
@@ -121,6 +122,8 @@ def demo_environment(folder: Path, seed: int, *, is_small: bool) -> dict[str, st
         "GRAFT_VALIDATION_FRACTION": "0.2",
         "GRAFT_BENCHMARK_BOUNDS": json.dumps(BENCHMARK_BOUNDS),
         "GRAFT_RECIPE": "smoke" if is_small else "planet",
+        # Of `graft trace` and `graft backfill`; Dagster's own commands want it exported.
+        "DAGSTER_HOME": str(folder.resolve() / "dagster_home"),
     }
 
 
@@ -310,7 +313,7 @@ def run_demo(folder: Path, *, seed: int = 0, is_small: bool = False) -> dict[str
                 runner.materialise(*automation.region_keys(sensors), partition=region)
                 bars.advance(everything)
         for sensor in sensors:
-            levels = LEVELS[sensor]
+            levels = LEVELS.get(sensor, ("image",))
             for number, level in enumerate(levels):
                 with stages.stage(f"{sensor} {level}_encoder"):
                     names = ["training_set"] * (number == 0) + [f"{level}_encoder"]

@@ -150,7 +150,7 @@ def purge(
         What was removed, or with `dry_run` would be.
 
     Raises:
-        InputError: if an id cannot be one of Flickr's.
+        InputError: if an id cannot be one of Flickr's, or is a tile's.
         DataError: if a dataset or a shard is damaged.
     """
     photo_ids, owner_ids = list(photo_ids), list(owner_ids)
@@ -160,12 +160,19 @@ def purge(
             raise InputError(f"{wrong[0]!r} is no id of a Flickr {name}: give ids as Flickr's API does.")
     known_photos, known_owners = storage.read(PURGED_PHOTOS), storage.read(PURGED_OWNERS)
     owners = _listed(known_owners, PURGED_OWNERS, owner_ids, reason, now)
-    with closing(connect(storage.root)) as database:
+    with closing(connect(storage.root, [FLICKR_PHOTOS, TILES])) as database:
         database.register("gone_owners", owners.select(["owner_id"]))
         of_owners = database.execute(
             "SELECT photo_id FROM flickr_photos WHERE owner_id IN (SELECT owner_id FROM gone_owners)"
         ).fetchall()
         ids = [*photo_ids, *(photo_id for (photo_id,) in of_owners)]
+        # Kept out as a photo's it would purge nothing, and look as if it had.
+        of_tiles = database.execute(
+            "SELECT tile_id, center_photo_id FROM tiles WHERE list_contains(?, tile_id) ORDER BY tile_id",
+            [photo_ids],
+        ).fetchall()
+    for tile_id, photo_id in of_tiles:
+        raise InputError(f"{tile_id} is a tile, not a photo: give the id of its centre photo, {photo_id}.")
     photos = _listed(known_photos, PURGED_PHOTOS, ids, reason, now)
     plans = [_plan(at, photos) for at in (storage, *copies)]
     regions = [(plan.storage, region) for plan in plans for region in plan.regions]
@@ -227,7 +234,7 @@ class _Plan:
 
 def _plan(storage: Tables, photos: pa.Table) -> _Plan:
     """Look for photos below one root, in the columns that name them alone."""
-    with closing(connect(storage.root)) as database:
+    with closing(connect(storage.root, [*_OF_REGIONS, TRAINING_PAIRS])) as database:
         database.register("gone", photos.select(["photo_id"]))
         hits = {dataset.name: _hits(database, dataset) for dataset in _OF_REGIONS}
         snapshots = _snapshots(storage, database)

@@ -13,7 +13,9 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from graft_pipeline import backfills
 from graft_pipeline.cli import app
 from graft_pipeline.cli_shared import check_output, print_table
 from graft_pipeline.demo import Runner, prepare
@@ -67,6 +69,8 @@ def test_a_purge_says_what_it_did_or_what_is_wrong(tmp_path: Path) -> None:
     done = graft("photos", "purge", "123", "--owner", "7@N00", root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "newly listed photos" in done.stdout
+    # Whoever names the wrong deployment sees it.
+    assert f"Purged from {tmp_path}" in " ".join(done.stdout.split())
     traced = graft("trace", "123", "-o", str(tmp_path / "123.md"), root=tmp_path)
     assert traced.returncode == 0, traced.stderr
     assert "photo 123 was purged" in traced.stdout
@@ -302,3 +306,25 @@ def test_an_area_from_geojson_without_python(tmp_path: Path) -> None:
     done = graft("areas", "add", str(file), root=tmp_path / "data", GRAFT_GRID_DEG="0.25")
     assert done.returncode == 0, done.stderr
     assert "mine: 2 regions" in done.stdout
+
+
+def test_another_area_of_the_same_name_is_said_to_be_replaced(tmp_path: Path) -> None:
+    for name, west in (("a.geojson", 1.0), ("A.geojson", 1.0), ("a .geojson", 2.0)):
+        ring = [[west, 5.0], [west + 0.1, 5.0], [west + 0.1, 5.1], [west, 5.0]]
+        (tmp_path / name).write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    runs = [
+        CliRunner().invoke(
+            app, ["areas", "add", str(tmp_path / name)], env={"GRAFT_ROOT": str(tmp_path / "data")}
+        )
+        for name in ("a.geojson", "A.geojson", "a .geojson")
+    ]
+    assert [run.exit_code for run in runs] == [0, 0, 0]
+    assert ["replaces another area" in run.stderr for run in runs] == [False, False, True]
+
+
+def test_a_demos_settings_name_its_instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path / "demo", 0, is_small=True)
+    monkeypatch.setenv("GRAFT_ENV_FILE", str(tmp_path / "demo" / "settings.env"))
+    assert backfills.dagster_home() == str(tmp_path / "demo" / "dagster_home")
+    monkeypatch.setenv("DAGSTER_HOME", "/elsewhere")
+    assert backfills.dagster_home() == "/elsewhere"

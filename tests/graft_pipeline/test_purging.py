@@ -499,6 +499,14 @@ def test_what_is_no_id_is_refused(copy: Callable[[], Storage]) -> None:
     assert not storage.has(PURGED_PHOTOS)
 
 
+def test_a_tile_is_no_photo_and_its_centre_is_named(copy: Callable[[], Storage]) -> None:
+    storage = copy()
+    tile = storage.read(TILES, sensor=SMALL.name, region=KEYS[0]).slice(0, 1).to_pylist()[0]
+    with pytest.raises(InputError, match=f"{tile['tile_id']} is a tile.* {tile['center_photo_id']}\\."):
+        purging.purge(storage, ["1001", tile["tile_id"]], reason="x", now=NOW)
+    assert storage.read(PURGED_PHOTOS).num_rows == 0
+
+
 def test_a_damaged_shard_is_named(copy: Callable[[], Storage]) -> None:
     storage = copy()
     shard = storage.folder(GROUND_IMAGES, region=KEYS[0]) / "images-00001.tar"
