@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     #: Side of a region in degrees.
     grid_deg: float = 1.0
     #: Seed of every random choice: the same seed, the same data.
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     # --- Flickr ---
     #: API key of Flickr.

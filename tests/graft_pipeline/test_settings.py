@@ -46,6 +46,7 @@ def test_a_wrong_value_is_named_and_a_secret_in_it_is_not(monkeypatch: pytest.Mo
         ("GRAFT_FLICKR_LICENSES", "4, 5"),
         ("GRAFT_FLICKR_SAFE_SEARCH", "1"),
         ("GRAFT_SCHEDULE_EVERY_HOURS", "5"),
+        ("GRAFT_SEED", "-1"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
