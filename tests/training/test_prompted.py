@@ -141,6 +141,8 @@ def test_clipseg_scores_a_class_as_its_best_word(clipseg_folder, image):
     np.testing.assert_allclose(both[0], single[0], atol=1e-5)
     np.testing.assert_allclose(both[1], np.maximum(single[1], single[2]), atol=1e-5)
     assert np.ptp(single[1] - single[2]) > 0
+    model.prepare(PromptSet({"red": ("red " * 20,)}, ("{}",)))
+    assert model.scores(image).shape == (1, 32, 32)
 
 
 def test_folders_without_weights_are_refused(tmp_path):

@@ -179,6 +179,8 @@ class ClipSeg:
             text=self._words,
             images=[Image.fromarray(image)] * len(self._words),
             padding=True,
+            # As CLIP does with words that are too many.
+            truncation=True,
             return_tensors="pt",
         )
         logits = self._model(**inputs.to(self._device)).logits
