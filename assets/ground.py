@@ -73,6 +73,8 @@ class FetchConfig(dg.Config):
 
     #: Try failed and rejected rows again today, whatever the day in their `retry_on` and their attempts.
     retry_now: bool = False
+    #: Read all that is stored, and fetch anew what was damaged on its disk: gone, cut or changed.
+    verify: bool = False
 
 
 @ground_asset(
@@ -202,6 +204,7 @@ def ground_images_asset(
         max_attempts=world.max_attempts,
         today=datetime.now(UTC).date(),
         retry_now=config.retry_now,
+        verify=config.verify,
         hosts=world.image_hosts,
         progress=progress.task(f"{key} ground images"),
     )

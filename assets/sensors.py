@@ -87,6 +87,7 @@ def update_chips(
         max_attempts=world.max_attempts,
         today=datetime.now(UTC).date(),
         retry_now=config.retry_now,
+        verify=config.verify,
         progress=report,
     )
     findings = [

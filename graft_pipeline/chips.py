@@ -27,6 +27,7 @@ from graft_pipeline.fetching import (
     pending_rows,
     retry_day,
     sample_rows,
+    without_damaged,
 )
 from graft_pipeline.geometry import Grid
 from graft_pipeline.imagery import Sensor
@@ -40,7 +41,7 @@ from graft_pipeline.scenes import (
     tile_grids,
 )
 from graft_pipeline.schemas import CHIPS
-from graft_pipeline.shards import read_member
+from graft_pipeline.shards import MEND, read_member
 from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -221,9 +222,7 @@ def decode(content: bytes) -> npt.NDArray[np.uint8]:
         raw = b"".join(map(isal_zlib.decompress, strips))
         array = np.frombuffer(raw, dtype=np.uint8).reshape(height, width, 3)
     except (UnidentifiedImageError, KeyError, ValueError, isal_zlib.error) as error:  # type: ignore[misc]
-        raise DataError(
-            f"A stored chip cannot be decoded ({error}): materialise its region's chips anew."
-        ) from error
+        raise DataError(f"A stored chip cannot be decoded ({error}): {MEND}.") from error
     # Predictor 2 stores each value's difference from its left neighbour, modulo 256.
     return np.cumsum(array, axis=1, dtype=np.uint8) if tags.get(317, 1) == 2 else array
 
@@ -281,6 +280,7 @@ def update(
     max_attempts: int,
     today: date,
     retry_now: bool = False,
+    verify: bool = False,
     shard_size: int = 500,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, bool]:
@@ -310,6 +310,7 @@ def update(
         max_attempts: tries before a tile is left alone.
         today: UTC day; failed rows say on which they are tried again.
         retry_now: try failed and rejected rows again, whatever their day and attempts.
+        verify: read every stored chip, and fetch those anew that were damaged on their disk.
         shard_size: tiles after which a shard and the index are written.
         progress: called with (done, total).
 
@@ -323,6 +324,8 @@ def update(
     known = CHIPS.empty() if existing is None else existing
     valid = _obeying(_of_same_grid(known, tiles), sensor)
     valid = valid.filter(pa.array(~not_held(valid, scenes, sensor)))
+    if verify:
+        valid = without_damaged(folder, valid, "tile_id")
     ordered = tiles.sort_by([("tile_index", "ascending"), ("tile_id", "ascending")])
     stored = valid.filter(pc.equal(valid["status"], "ok"))
     is_stored = pc.is_in(ordered["tile_id"], stored["tile_id"].combine_chunks())

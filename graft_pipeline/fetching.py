@@ -3,9 +3,11 @@
 What is fetched and what a failure means is decided in chips.py and ground_images.py.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields as dataclass_fields
 from datetime import date, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from graft_pipeline.schemas import Dataset
 from graft_pipeline.shards import (
     ShardWriter,
     StoredItem,
+    is_whole,
     next_shard_number,
     shard_name,
     spend_numbers,
@@ -29,6 +32,8 @@ from graft_pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from upath import UPath
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -278,6 +283,37 @@ def changed_requests(known: pa.Table, key: str, requests: Mapping[str, str]) -> 
     """
     asked = dict(zip(known[key].to_pylist(), known["request_id"].to_pylist(), strict=True))
     return [item for item, request in requests.items() if asked.get(item, request) != request]
+
+
+def without_damaged(folder: "UPath | Path", known: pa.Table, key: str) -> pa.Table:
+    """The rows of an index but those of stored items that were damaged on their disk: gone, cut or changed.
+
+    Every stored byte is read.
+
+    Args:
+        folder: folder of the shards.
+        known: index rows, with the columns of a stored item, and perhaps of more with a prefix.
+        key: the column that identifies items.
+
+    Returns:
+        The others, and rows of which nothing is stored, in their order.
+    """
+    damaged: set[str] = set()
+    for column in known.column_names:
+        if column.endswith("shard"):
+            prefix = column.removesuffix("shard")
+            fields = [field.name for field in dataclass_fields(StoredItem)]
+            rows = known.filter(pc.is_valid(known[column])).sort_by(
+                [(column, "ascending"), (f"{prefix}offset", "ascending")]
+            )
+            for row in rows.select([key, *(f"{prefix}{name}" for name in fields)]).to_pylist():
+                if not is_whole(folder, StoredItem(**{name: row[f"{prefix}{name}"] for name in fields})):
+                    damaged.add(row[key])
+    if damaged:
+        logger.warning(
+            "%d stored items of %s are damaged, such as %s: fetched anew", len(damaged), folder, min(damaged)
+        )
+    return known.filter(pc.invert(pc.is_in(known[key], pa.array(sorted(damaged), pa.string()))))
 
 
 def sample_rows(table: pa.Table, count: int, seed: int) -> list[dict[str, Any]]:

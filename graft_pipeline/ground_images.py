@@ -28,6 +28,7 @@ from graft_pipeline.fetching import (
     pending_rows,
     retry_day,
     sample_rows,
+    without_damaged,
 )
 from graft_pipeline.manifests import read_table
 from graft_pipeline.provenance import fingerprint
@@ -76,6 +77,7 @@ def update(
     max_attempts: int,
     today: date,
     retry_now: bool = False,
+    verify: bool = False,
     hosts: Sequence[str] = (),
     shard_size: int = 1000,
     progress: Callable[[int, int], None] | None = None,
@@ -95,6 +97,7 @@ def update(
         max_attempts: tries before a photo is left alone.
         today: UTC day; failed rows say on which they are tried again.
         retry_now: try failed and rejected rows again, whatever their day and attempts; near-duplicates stay.
+        verify: read every stored image, and fetch those anew that were damaged on their disk.
         hosts: image hosts that `fetch` allows.
         shard_size: photos after which a shard and the index are written.
         progress: called with (done, total).
@@ -106,7 +109,8 @@ def update(
         GraftError: whatever but an ItemError `fetch` raises; what was fetched before is stored.
     """
     existing = read_table(folder / f"{GROUND_IMAGES.name}.parquet", GROUND_IMAGES)
-    known = GROUND_IMAGES.empty() if existing is None else existing
+    indexed = GROUND_IMAGES.empty() if existing is None else existing
+    known = without_damaged(folder, indexed, "photo_id") if verify else indexed
     usable = photos.filter(pc.equal(photos["status"], "ok"))
     usable = usable.sort_by([(name, "ascending") for name in FLICKR_PHOTOS.order])
     usable = usable.select(["photo_id", "image_url"])
@@ -129,7 +133,7 @@ def update(
     seen = _NearDuplicates()
     for stored in kept:
         seen.add(stored["photo_id"], stored["phash"])
-    store = StoredItems(folder, GROUND_IMAGES, known, stem="images", extension="jpg", shard_size=shard_size)
+    store = StoredItems(folder, GROUND_IMAGES, indexed, stem="images", extension="jpg", shard_size=shard_size)
 
     def outcome(photo: dict[str, str]) -> FetchedImage | ItemError:
         return _kept_or_fetched(photo, requests[photo["photo_id"]], fetch, store.unfinished)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: Name of a member whose content was removed; WebDataset passes over names of this form.
 BLANK_NAME = "__purged__"
 
+#: What to do where a stored item was damaged on its disk; ends a message.
+MEND = "materialise its region with `verify: true` in the run config, which fetches anew what is damaged"
+
 #: File of a partition that says which numbers of shards are spent; there only where its index does not tell.
 SPENT_NUMBERS = "spent_shards.json"
 
@@ -272,12 +275,24 @@ def read_member(folder: "UPath | Path", shard: str, offset: int, size_bytes: int
             remote = cast("UPath", path)
             content = remote.fs.cat_file(remote.path, start=offset, end=offset + size_bytes)
     except FileNotFoundError as error:
-        raise DataError(
-            f"Shard {path} is missing: restore it, or delete its index and materialise again."
-        ) from error
+        raise DataError(f"Shard {path} is missing: restore it, or {MEND}.") from error
     if len(content) != size_bytes:
-        raise DataError(
-            f"Shard {path} ends {size_bytes - len(content)} bytes early: restore it, "
-            "or delete its index and materialise again."
-        )
+        raise DataError(f"Shard {path} ends {size_bytes - len(content)} bytes early: restore it, or {MEND}.")
     return bytes(content)
+
+
+def is_whole(folder: "UPath | Path", item: StoredItem) -> bool:
+    """Whether an item's bytes are still those that were stored.
+
+    Args:
+        folder: folder of the shard.
+        item: where it lies.
+
+    Returns:
+        False if the shard is gone or too short, or other bytes lie there.
+    """
+    try:
+        content = read_member(folder, item.shard, item.offset, item.size_bytes)
+    except DataError:
+        return False
+    return hashlib.sha256(content).hexdigest() == item.sha256

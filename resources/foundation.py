@@ -27,6 +27,7 @@ from graft_pipeline.errors import DataError, SettingsError
 from graft_pipeline.manifests import is_local
 from graft_pipeline.provenance import fingerprint
 from graft_pipeline.settings import Settings
+from graft_pipeline.shards import MEND
 
 if TYPE_CHECKING:
     import torch
@@ -277,9 +278,7 @@ def prepared_batches(
             with Image.open(io.BytesIO(image)) as opened:
                 return preprocess(opened.convert("RGB"))
         except (UnidentifiedImageError, OSError) as error:
-            raise DataError(
-                f"A stored image cannot be decoded ({error}): materialise ground_images again."
-            ) from error
+            raise DataError(f"A stored image cannot be decoded ({error}): {MEND}.") from error
 
     iterator = iter(images)
     with ThreadPoolExecutor(threads) as pool:

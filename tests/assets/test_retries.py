@@ -53,6 +53,18 @@ def test_failed_photos_wait_for_their_day_unless_a_run_does_not(
     assert set(second["attempts"].to_pylist()) == {2}
     assert set(second["retry_on"].to_pylist()) == {today + timedelta(days=2)}
 
+    folder = deployment.storage.folder(schemas.GROUND_IMAGES, region=REGION)
+    (folder / "images-00000.tar").unlink()
+    stored = deployment.storage.read(schemas.GROUND_IMAGES, region=REGION)
+    of_shard = pc.sum(pc.equal(stored["shard"], "images-00000.tar")).as_py()
+    requests = planet.stats()["image"]
+    verify = {"ops": {"ground_images": {"config": {"verify": True}}}}
+    deployment.materialise("ground_images", partition=REGION, run_config=verify)
+    assert planet.stats()["image"] == requests + of_shard
+    mended = deployment.storage.read(schemas.GROUND_IMAGES, region=REGION)
+    assert mended["sha256"].equals(stored["sha256"])
+    assert (folder / pc.max(mended["shard"]).as_py()).exists()
+
 
 class Once:
     """Progress that does something the first time."""

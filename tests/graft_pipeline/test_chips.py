@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import rasterio
 import shapely
@@ -411,6 +412,40 @@ def test_a_listed_scene_holds_its_chips_or_they_are_fetched_anew(
     assert set(gone["reason"].to_pylist()) == {"no_scene"}
 
 
+def test_what_was_damaged_on_its_disk_is_fetched_anew_when_asked(
+    root: UPath, tiles: pa.Table, photos: pa.Table
+) -> None:
+    sensor, listed = replace(SMALL, raw_bands=("R",)), scene_table("A")
+    table, _ = chips.update(tiles, listed, photos, sensor, root, Imagery().fetch, **FEW)
+    by_shard = {
+        name: table.filter(pc.equal(table["shard"], name)).to_pylist()
+        for name in set(table["shard"].to_pylist())
+    }
+    first, second, last = (by_shard[f"chips-{number:05d}.tar"] for number in range(3))
+    (root / "chips-00000.tar").unlink()
+    for row, name in ((second[3], ""), (last[0], "raw_")):
+        content = bytearray((root / row[f"{name}shard"]).read_bytes())
+        content[row[f"{name}offset"] + row[f"{name}size_bytes"] // 2] ^= 1
+        (root / row[f"{name}shard"]).write_bytes(bytes(content))
+    damaged = {row["tile_id"] for row in (*first, second[3], last[0])}
+    with pytest.raises(DataError, match="verify"):
+        read_member(root, first[0]["shard"], first[0]["offset"], first[0]["size_bytes"])
+
+    imagery = Imagery()
+    _, changed = chips.update(tiles, listed, photos, sensor, root, imagery.fetch, **FEW)
+    assert (changed, imagery.asked.total()) == (False, 0)
+    again, changed = chips.update(tiles, listed, photos, sensor, root, imagery.fetch, verify=True, **FEW)
+    assert (changed, imagery.asked.total()) == (True, len(damaged))
+    for before, row in zip(table.to_pylist(), again.to_pylist(), strict=True):
+        assert (row["shard"] in by_shard) == (row["tile_id"] not in damaged), "a shard's number is used once"
+        assert row["sha256"] == before["sha256"]
+        for name in ("", "raw_"):
+            content = read_member(root, row[f"{name}shard"], row[f"{name}offset"], row[f"{name}size_bytes"])
+            assert hashlib.sha256(content).hexdigest() == row[f"{name}sha256"]
+    _, changed = chips.update(tiles, listed, photos, sensor, root, imagery.fetch, verify=True, **FEW)
+    assert (changed, imagery.asked.total()) == (False, len(damaged))
+
+
 # --- clouds and raw bands ------------------------------------------------------------------------------------------
 
 CLOUDY = replace(
@@ -677,7 +712,7 @@ def test_a_damaged_chip_is_refused(where: float) -> None:
     array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     content = bytearray(chips.encode(array, Grid.snapped(32619, 5e5, 4.7e6, 1.0, 32)))
     content[int(where * len(content))] ^= 0x10
-    with pytest.raises(DataError, match="materialise its region's chips anew"):
+    with pytest.raises(DataError, match="materialise its region with `verify: true`"):
         chips.decode(bytes(content))
 
 

@@ -250,6 +250,22 @@ def test_a_killed_process_leaves_nothing_broken(tmp_path: Path, photos: pa.Table
     assert all(file.suffix in (".tar", ".parquet") for file in tmp_path.iterdir())
 
 
+def test_what_was_damaged_on_its_disk_is_fetched_anew_when_asked(root: UPath, photos: pa.Table) -> None:
+    host = Host()
+    host.twins = {"1014": phash(1002)}
+    table, _ = ground_images.update(photos, root, host.fetch, **FEW)
+    (row,) = (row for row in table.to_pylist() if row["photo_id"] == "1002")
+    content = (root / row["shard"]).read_bytes()
+    (root / row["shard"]).write_bytes(content[: row["offset"]] + b"\0" + content[row["offset"] + 1 :])
+    host.asked.clear()
+    _, changed = ground_images.update(photos, root, host.fetch, **FEW)
+    assert (changed, host.asked) == (False, {})
+    again, changed = ground_images.update(photos, root, host.fetch, verify=True, **FEW)
+    assert (changed, host.asked) == (True, {"1002": 1})
+    assert again.drop_columns(["shard", "offset"]).equals(table.drop_columns(["shard", "offset"]))
+    assert sorted(stored(root, again)) == sorted(set(again["photo_id"].to_pylist()) - {"1014"})
+
+
 def test_an_orphan_shard_is_overwritten(tmp_path: Path, photos: pa.Table) -> None:
     (tmp_path / "images-00000.tar").write_bytes(b"of a process that died before its index")
     table, _ = ground_images.update(photos, UPath(tmp_path), Host().fetch, **FEW)
