@@ -101,6 +101,7 @@ class ImageFetcher:
         self._retries = retries or Retries()
         self._requests_per_second = requests_per_second
         self._paces: dict[str, Pace] = {}
+        self._answered: set[str] = set()
         self._lock = threading.Lock()
         if public_only is None:
             public_only = static_url is None
@@ -157,9 +158,10 @@ class ImageFetcher:
         Raises:
             ItemError: if this photo cannot be had. Permanent: `gone`, `animated`, `not_an_image`,
                 `too_large`, `too_small`, `url_not_allowed`, `refused`. To be tried again: `truncated`,
-                `timeout`, `connection`, `unavailable`, `rate_limited`, `forbidden`, `redirected`, and
-                `not_an_image` for HTML, which tells of the server, not of the photo.
-            ServiceError: if the host cannot be reached, or photo after photo fails.
+                `timeout`, `connection`, `unavailable`, `unreachable` (its host, while others answer),
+                `rate_limited`, `forbidden`, `redirected`, and `not_an_image` for HTML, which tells of the server,
+                not of the photo.
+            ServiceError: if no host can be reached, or photo after photo fails.
         """
         bodies: list[bytes] = []
         try:
@@ -171,7 +173,8 @@ class ImageFetcher:
                 self._breaker.succeeded()
             raise
         except TransientError as error:
-            if not error.is_unreachable:
+            # Where another host answers, one that does not is no trouble of the network: Flickr gave up some.
+            if not error.is_unreachable or self._answered - {host_of(url)}:
                 self._breaker.failed(str(error))
                 raise ItemError(error.reason, f"{url}: {error}", is_permanent=False) from None
             message = str(error)
@@ -217,6 +220,7 @@ class ImageFetcher:
                 raise TransientError("truncated", str(error)) from None
             except ConnectionError as error:
                 raise TransientError("connection", str(error)) from None
+            self._answered.add(host_of(url))
             if answer.status == 429:
                 # It is we who are too fast, not this photo: all threads wait. Flickr does not say how long.
                 pace.pause(answer.retry_after_s)

@@ -1,13 +1,21 @@
 import contextlib
 import hashlib
+import http.server
 import io
+import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 import tenacity
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from PIL import Image, ImageDraw
 
 from graft_pipeline.errors import ItemError, ServiceError, SettingsError
@@ -348,6 +356,59 @@ def test_huge_file_is_not_read(scripted, reply, announced, monkeypatch):
 def test_unreachable_host_ends_the_run(free_url):
     with pytest.raises(ServiceError, match=free_url.removeprefix("http://") + ".*run again"):
         fetcher(free_url).fetch(URL)
+
+
+@pytest.fixture
+def flickr_hosts(tmp_path, monkeypatch):
+    """Flickr's hosts as this machine's names find them: `live` answers over TLS, no other is known."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, day = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")]), timedelta(days=1)
+    alternatives = x509.SubjectAlternativeName([x509.DNSName("live.staticflickr.com")])
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, datetime.now(UTC) - day, datetime.now(UTC) + day
+    )
+    certificate = builder.add_extension(alternatives, critical=False).sign(key, hashes.SHA256())
+    private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (tmp_path / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *private))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+
+    class Photos(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(GOOD)))
+            self.end_headers()
+            self.wfile.write(GOOD)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Photos)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def getaddrinfo(host, *_, **__):
+        if host == "live.staticflickr.com":
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", server.server_address)]
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_host_that_is_gone_fails_its_own_photos_while_others_answer(flickr_hosts):
+    photos = fetcher(public_only=False)
+    gone = "https://farm9.staticflickr.com/1/2_n.jpg"
+    with pytest.raises(ServiceError, match="run again"):
+        photos.fetch(gone)
+    photos.fetch(URL)
+    with pytest.raises(ItemError, match=r"farm9.*cannot be reached") as caught:
+        photos.fetch(gone)
+    assert (caught.value.reason, caught.value.is_permanent) == ("unreachable", False)
 
 
 @pytest.mark.parametrize(
