@@ -100,11 +100,16 @@ def image_clip(storage: "Storage", index: "SearchIndex") -> "Clip":
     """The image-level encoder that an index was made with, whose text tower makes its queries.
 
     Raises:
-        DataError: if the deployment's encoder is another one by now.
+        DataError: if the deployment's encoder is another one by now, or gone.
     """
+    from graft_pipeline.errors import DataError
     from training.encoders import load_clip
 
     folder = storage.models_folder / f"sensor={index.sensor}" / "image_encoder" / "encoder"
+    if not folder.exists():
+        raise DataError(
+            f"{folder} holds no encoder any more: materialise {index.sensor}/image_encoder, and what follows."
+        )
     clip = load_clip(f"local-dir:{folder}")
     index.check_model(clip.fingerprint())
     return clip

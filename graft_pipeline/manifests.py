@@ -22,6 +22,7 @@ from graft_pipeline.errors import DataError, ServiceError
 from graft_pipeline.schemas import DATASETS, STATUSES, Dataset
 
 if TYPE_CHECKING:
+    import duckdb
     import pyarrow.parquet as pq
     from duckdb import DuckDBPyConnection
     from upath import UPath
@@ -537,6 +538,7 @@ def connect(
 
     Raises:
         DataError: if a file is damaged.
+        ServiceError: if a file cannot be read.
     """
     import duckdb
 
@@ -569,12 +571,26 @@ def connect(
                 f"CREATE VIEW {_quoted(name)} AS SELECT {', '.join(_quoted(field.name) for field in fields)} "
                 f"FROM (FROM whole.{_quoted(name)} UNION ALL BY NAME FROM {files})"
             )
-        except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        except duckdb.Error as error:
             connection.close()
-            raise DataError(
-                f"A file of {name} is damaged ({error}): delete it and materialise it again."
-            ) from error
+            raise unreadable(f"A file of {name}", error) from error
     return connection
+
+
+def unreadable(what: str, error: "duckdb.Error") -> DataError | ServiceError:
+    """What DuckDB's error at a file means: only a damaged one is ever to be deleted.
+
+    Args:
+        what: the file, in words.
+        error: InvalidInputException where the file's content is at fault, anything else where it cannot be had.
+    """
+    import duckdb
+
+    # Errors of object stores come with their traceback.
+    why = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error).split("\n\n")[0]
+    if isinstance(error, duckdb.InvalidInputException):
+        return DataError(f"{what} is damaged ({why}): delete it and materialise it again.")
+    return ServiceError(f"{what} cannot be read ({why}): give this user access to it, or try again.")
 
 
 def named_in(sql: str) -> list[Dataset]:

@@ -26,6 +26,7 @@ from graft_pipeline.manifests import (
     literal,
     partition_file,
     partition_folder,
+    unreadable,
     write_bytes_atomic,
 )
 from graft_pipeline.schemas import Dataset
@@ -297,13 +298,22 @@ def select(
 
     Returns:
         The rows in the file's order.
+
+    Raises:
+        DataError: if the file is damaged.
+        ServiceError: if it cannot be read.
     """
+    import duckdb
+
     if (column and not ids) or not file.exists():
         return []
     where = f"WHERE {column} IN ({', '.join('?' * len(ids))})" if column else ""
     path = literal(file.path if is_local(file) else str(file))
     query = f"SELECT * FROM read_parquet(?, hive_partitioning = false) {where}"
-    found = database.sql(query, params=[path, *ids]).to_arrow_table()
+    try:
+        found = database.sql(query, params=[path, *ids]).to_arrow_table()
+    except duckdb.Error as error:
+        raise unreadable(str(file), error) from error
     return cast("list[dict[str, Any]]", found.to_pylist())
 
 

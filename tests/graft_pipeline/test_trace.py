@@ -12,11 +12,22 @@ from PIL import Image
 from rich.console import Console
 from upath import UPath
 
-from graft_pipeline import chips, ground_images, pairing, purging, sampling, schemas, trace, training_sets
-from graft_pipeline.errors import InputError
+from graft_pipeline import (
+    chips,
+    ground_images,
+    manifests,
+    pairing,
+    purging,
+    sampling,
+    schemas,
+    trace,
+    training_sets,
+)
+from graft_pipeline.errors import DataError, InputError, ServiceError
 from graft_pipeline.grid import grid_sensor, grid_tiles
 from graft_pipeline.ground_images import FetchedImage
 from graft_pipeline.imagery import NAIP
+from graft_pipeline.manifests import partition_file, write_bytes_atomic
 from graft_pipeline.regions import Region
 from graft_pipeline.trace import Check, Step
 from resources.storage import Storage
@@ -218,3 +229,25 @@ def test_training_sets_that_hold_it_are_named(storage: Storage) -> None:
         assert [record.values["photo_id"] for record in found] == photos
         assert {record.about for record in found} == {f"training set {made.fingerprint} of naip"}
     assert "2 numbers, length 1.000" in trace.to_html(trace.trace(storage.root, "100"), [], {})
+
+
+def test_a_file_that_is_damaged_or_cannot_be_opened_is_named_and_only_the_first_to_be_deleted(
+    root: UPath,
+) -> None:
+    file = partition_file(root, schemas.PAIRS, sensor=NAIP.name, region=REGION.key)
+    write_bytes_atomic(file, b"PAR1 no it is not")
+    with manifests.connect(root, ()) as database:
+        with pytest.raises(DataError, match=r"(?s)pairs.parquet is damaged.*delete it"):
+            trace.select(database, file, "photo_id", ["100"])
+        with pytest.raises(DataError, match=r"(?s)pairs.*delete it"):
+            manifests.connect(root, [schemas.PAIRS])
+        # As what is there and not permitted, which root is never told.
+        file.unlink()
+        file.mkdir()
+        for read in (
+            lambda: trace.select(database, file, "photo_id", ["100"]),
+            lambda: manifests.connect(root, [schemas.PAIRS]),
+        ):
+            with pytest.raises(ServiceError, match=r"(?s)pairs.*cannot be read") as caught:
+                read()
+            assert "delete" not in str(caught.value)
