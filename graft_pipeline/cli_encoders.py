@@ -403,9 +403,9 @@ def ask(
     settings, storage = load_settings(), open_storage()
     is_file = Path(image).exists()
     name = sensor or ("naip" if is_file else sensor_of(image).removesuffix(SUFFIX))
-    if name not in settings.sensor_records and not is_file and sensor is None:
+    if name not in settings.sensor_records and not is_file:
         raise InputError(
-            f"{image!r} is neither a file nor a tile: name an image file, or an id such as naip-30012."
+            f"No sensor {name!r}, and no file {image}: use one of {', '.join(settings.sensor_records)}."
         )
     record = sensor_record(settings, name)
     if program is None:
