@@ -1,6 +1,6 @@
 """How fast chips are fetched: chips a second beside the limit that concurrency and quota set, requests a chip.
 
-`python benchmarks/chips.py [--chips N] [--latency-ms MS] [--sensor NAME] [--json FILE]`. A planet in its own process
+`python benchmarks/chips.py [--chips N] [--latency-ms MS] [--fault-rate SHARE] [--sensor NAME] [--json FILE]`. A planet in its own process
 answers after the latency and refuses what exceeds the quota; the pipeline lists scenes, fetches chips, and stores them
 in shards, as the asset does. The same chips are fetched twice, into two folders: at first the planet builds its ground
 as it is asked for, which no service does, so the second time is the measure. CPU seconds of both processes tell when
@@ -96,14 +96,16 @@ def _fetch(
     return time.perf_counter() - started, table
 
 
-def measure(count: int, latency_ms: float, sensor: Sensor, folder: Path) -> dict[str, Any]:
+def measure(
+    count: int, latency_ms: float, sensor: Sensor, folder: Path, fault_rate: float = 0.0
+) -> dict[str, Any]:
     usable = found_photos()
     tiles = sampling.sample_tiles(usable, REGION, sensor, None).slice(0, count)
     if tiles.num_rows < count:
         raise SystemExit(f"The region has {tiles.num_rows} tiles of {sensor.name}: ask for fewer chips.")
     concurrency = Settings.model_fields["ee_concurrency"].default
     quota = Settings.model_fields["ee_requests_per_second"].default
-    with PlanetServer(seed=0, latency_ms=latency_ms, quota=quota) as planet:
+    with PlanetServer(seed=0, latency_ms=latency_ms, quota=quota, fault_rate=fault_rate) as planet:
         assert planet.pid is not None
         settings = Settings(_env_file=None, world="planet", ee_url=planet.url, ee_project="planet")
         client = EarthEngine.from_settings(settings)
@@ -144,13 +146,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", type=int, default=2000)
     parser.add_argument("--latency-ms", type=float, default=200)
+    parser.add_argument("--fault-rate", type=float, default=0.0, help="share of requests that fail or stall")
     parser.add_argument("--sensor", choices=["naip", "sentinel2"], default="naip")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     sensor = {"naip": NAIP, "sentinel2": SENTINEL2}[arguments.sensor]
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(arguments.chips, arguments.latency_ms, sensor, Path(folder) / "chips")
-    print(f"{row['chips']} {row['sensor']} chips, {arguments.latency_ms:g} ms latency, {row['wall_s']:.1f} s")
+        row = measure(
+            arguments.chips, arguments.latency_ms, sensor, Path(folder) / "chips", arguments.fault_rate
+        )
+    print(
+        f"{row['chips']} {row['sensor']} chips, {arguments.latency_ms:g} ms latency, "
+        f"{arguments.fault_rate:.0%} faults, {row['wall_s']:.1f} s"
+    )
     print(f"{'chips a second':<28}{row['chips_per_s']:>9.1f}   limit {row['limit_per_s']:.0f}")
     print(f"{'the first time':<28}{row['first_chips_per_s']:>9.1f}")
     print(f"{'share of the limit':<28}{row['share_of_limit']:>9.1%}   target 90 %")

@@ -49,8 +49,8 @@ FINAL_REASONS = ("near_duplicate",)
 def most_ahead(concurrency: int, item_bytes: int) -> int:
     """How far ahead of one that is late others are fetched: the further, the less a failing service costs.
 
-    Where one answer in fifty fails and comes after a second or two, 4 items a thread keep 66 % of a service's pace,
-    16 keep 89 %.
+    Where one answer in fifty fails or stalls, 4 items a thread keep half of a service's pace, 16 three quarters
+    (benchmarks/chips.py).
 
     Args:
         concurrency: number of threads.
