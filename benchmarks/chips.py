@@ -1,10 +1,10 @@
 """How fast chips are fetched: chips a second beside the limit that concurrency and quota set, requests a chip.
 
-`python benchmarks/chips.py [--chips N] [--latency-ms MS] [--fault-rate SHARE] [--sensor NAME] [--json FILE]`. A planet in its own process
-answers after the latency and refuses what exceeds the quota; the pipeline lists scenes, fetches chips, and stores them
-in shards, as the asset does. The same chips are fetched twice, into two folders: at first the planet builds its ground
-as it is asked for, which no service does, so the second time is the measure. CPU seconds of both processes tell when
-the machine, not the service, is the limit.
+`python benchmarks/chips.py [--chips N] [--latency-ms MS] [--fault-rate SHARE] [--sensor NAME] [--json FILE]`.
+A planet in its own process answers after the latency and refuses what exceeds the quota; the pipeline lists scenes,
+fetches chips, and stores them in shards, as the asset does. The same chips are fetched twice, into two folders: at
+first the planet builds its ground as it is asked for, which no service does, so the second time is the measure. CPU
+seconds of both processes tell when the machine, not the service, is the limit.
 """
 
 import argparse
