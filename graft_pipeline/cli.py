@@ -402,7 +402,8 @@ def status() -> None:
     from graft_pipeline.status import region_status
 
     storage = open_storage()
-    tables = region_status(storage)
+    with storage.explained():
+        tables = region_status(storage)
     if not tables:
         typer.echo(
             f"Nothing is materialised yet in {storage.root}: register an area (graft areas add FILE) and "
