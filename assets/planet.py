@@ -33,7 +33,10 @@ from resources.storage import Storage
 OTHER_PLANET = 1_000_003
 
 #: Modules whose code decides what a score is.
-SCORING_MODULES = ("training.zero_shot.scoring", "training.zero_shot.prompts")
+SCORING_MODULES = tuple(
+    f"training.zero_shot.{name}"
+    for name in ("scoring", "evaluate", "classify", "retrieve", "segment", "metrics", "prompts")
+)
 
 
 @dg.asset(
