@@ -371,7 +371,7 @@ def _read_region(
         "chip_size_bytes": chips["size_bytes"],
         "embedding_row": pc.add(pc.index_in(located["photo_id"], photo_ids).cast(pa.int64()), first_row),
         # One of all regions, or none is published.
-        "model_id": pa.array([min(model_ids)] * located.num_rows, pa.string()),
+        "model_id": pa.repeat(min(model_ids), located.num_rows),
     }
     return pa.table(columns).select(TRAINING_PAIRS.schema.names).cast(TRAINING_PAIRS.schema)
 
