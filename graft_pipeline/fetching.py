@@ -298,17 +298,16 @@ def without_damaged(folder: "UPath | Path", known: pa.Table, key: str) -> pa.Tab
     Returns:
         The others, and rows of which nothing is stored, in their order.
     """
+    names = [field.name for field in dataclass_fields(StoredItem)]
     damaged: set[str] = set()
-    for column in known.column_names:
-        if column.endswith("shard"):
-            prefix = column.removesuffix("shard")
-            fields = [field.name for field in dataclass_fields(StoredItem)]
-            rows = known.filter(pc.is_valid(known[column])).sort_by(
-                [(column, "ascending"), (f"{prefix}offset", "ascending")]
-            )
-            for row in rows.select([key, *(f"{prefix}{name}" for name in fields)]).to_pylist():
-                if not is_whole(folder, StoredItem(**{name: row[f"{prefix}{name}"] for name in fields})):
-                    damaged.add(row[key])
+    for prefix in [column.removesuffix("shard") for column in known.column_names if column.endswith("shard")]:
+        columns = [f"{prefix}{name}" for name in names]
+        rows = known.filter(pc.is_valid(known[f"{prefix}shard"])).select([key, *columns])
+        # As they lie on the disk.
+        rows = rows.sort_by([(f"{prefix}shard", "ascending"), (f"{prefix}offset", "ascending")])
+        for item, *values in zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True):
+            if not is_whole(folder, StoredItem(*values)):
+                damaged.add(item)
     if damaged:
         logger.warning(
             "%d stored items of %s are damaged, such as %s: fetched anew", len(damaged), folder, min(damaged)

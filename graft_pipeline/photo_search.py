@@ -140,6 +140,7 @@ def plan(
     except ValueError as error:
         raise InputError(f"{uploaded_from!r} is no date: write uploaded_from as YYYY-MM-DD.") from error
     places = locations.select(["location_id", "lon_deg", "lat_deg", "radius_km"]).to_pylist()
+    # Whatever the locations are called.
     ground = locations.select(["lon_deg", "lat_deg", "radius_km"]).to_pylist()
     scope = fingerprint(ground, uploaded_from, dict(filters))
     is_old = last.whole_on is None or (now.date() - last.whole_on).days >= whole_every_days

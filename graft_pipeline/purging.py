@@ -171,7 +171,8 @@ def purge(
             "SELECT tile_id, center_photo_id FROM tiles WHERE list_contains(?, tile_id) ORDER BY tile_id",
             [photo_ids],
         ).fetchall()
-    for tile_id, photo_id in of_tiles:
+    if of_tiles:
+        tile_id, photo_id = of_tiles[0]
         raise InputError(f"{tile_id} is a tile, not a photo: give the id of its centre photo, {photo_id}.")
     photos = _listed(known_photos, PURGED_PHOTOS, ids, reason, now)
     plans = [_plan(at, photos) for at in (storage, *copies)]

@@ -96,12 +96,10 @@ class EarthEngineApi:
             self._check_project(request, name)
             resource, _, verb = name.partition(":")
             if request.headers.get("x-http-method-override") == "GET":
-                method, query = (
-                    "GET",
-                    parse_qs(request.state.body.decode("utf-8", "replace"), keep_blank_values=True),
-                )
+                method, asked = "GET", request.state.body.decode("utf-8", "replace")
             else:
-                method, query = request.method, parse_qs(request.url.query, keep_blank_values=True)
+                method, asked = request.method, request.url.query
+            query = parse_qs(asked, keep_blank_values=True)
             if method == "GET" and verb == "listAssets":
                 answer = self._list_assets(
                     _asset_id(resource), {key: values[-1] for key, values in query.items()}
